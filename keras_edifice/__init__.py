@@ -1,0 +1,40 @@
+"""Neural-network architectures, true to their papers, for Keras 3.
+
+>>> import keras_edifice
+>>> model = keras_edifice.build("mamba", embed_size=64, hidden_size=128)
+"""
+
+from keras_edifice.backends.selection import select_backend as _select_backend
+
+__version__ = "0.1.0"
+
+_unusable = _select_backend()
+
+if _unusable is None:
+    from keras_edifice.registry import (
+        architecture,
+        build,
+        classifier,
+        info,
+        list_architectures,
+        list_families,
+        load_all,
+        search,
+    )
+
+    load_all()
+    del load_all
+
+    __all__ = [
+        "architecture",
+        "build",
+        "classifier",
+        "info",
+        "list_architectures",
+        "list_families",
+        "search",
+    ]
+else:
+
+    def __getattr__(name):
+        raise ImportError(_unusable)

@@ -1,0 +1,1 @@
+"""The few places that must touch a backend: its choice, gradients, export."""

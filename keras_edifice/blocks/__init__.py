@@ -1,0 +1,1 @@
+"""Building blocks: layers that several architectures share."""

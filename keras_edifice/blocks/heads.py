@@ -1,0 +1,17 @@
+"""The head of a classifier."""
+
+from keras import layers
+
+
+def class_scores(features, num_classes, activation="softmax", use_bias=True):
+    """(batch, ..., features) -> (batch, ..., num_classes), in float32.
+
+    The scores stay float32 under mixed precision, where half precision costs accuracy.
+    """
+    return layers.Dense(
+        num_classes,
+        activation=activation,
+        use_bias=use_bias,
+        dtype="float32",
+        name="predictions",
+    )(features)

@@ -1,0 +1,1 @@
+"""Convolutional networks: local filters with shared weights."""

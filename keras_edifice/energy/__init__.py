@@ -1,0 +1,1 @@
+"""Energy-based networks: computation as descent on an energy."""

@@ -1,0 +1,1 @@
+"""Feedforward networks: learners of flat vectors."""

@@ -1,0 +1,1 @@
+"""Generative models: learning the distribution of the data."""

@@ -1,0 +1,1 @@
+"""Graph networks: node features mixed along edges."""

@@ -1,0 +1,1 @@
+"""Neuromorphic networks: neurons that speak in spikes."""

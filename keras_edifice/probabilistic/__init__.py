@@ -1,0 +1,1 @@
+"""Probabilistic networks: predictions that carry their uncertainty."""

@@ -1,0 +1,1 @@
+"""Recurrent networks: a state that is updated once per token."""

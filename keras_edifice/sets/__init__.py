@@ -1,0 +1,1 @@
+"""Set networks: inputs without an order."""

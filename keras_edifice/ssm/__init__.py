@@ -1,0 +1,1 @@
+"""State-space models: linear dynamical systems and their selective relatives."""

@@ -1,0 +1,1 @@
+"""Vision backbones beyond plain convolutions."""
