@@ -1,0 +1,251 @@
+"""What must hold for every registered architecture, from its smallest example alone."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+
+import keras_edifice
+from keras_edifice.samples import sample_inputs
+from tests.support.close import assert_close, difference, to_numpy
+from tests.support.shaking import shake
+
+BACKEND = keras.backend.backend()
+EXPORT_LIMIT = 1e-4
+
+every_architecture = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xdist_group(name))
+        for name in keras_edifice.list_architectures()
+    ],
+)
+
+
+def new_model(name, seed=1, **options):
+    keras.utils.set_random_seed(seed)
+    tiny = keras_edifice.info(name).tiny
+    return keras_edifice.build(name, **{**tiny, **options})
+
+
+@functools.cache
+def shared_model(name):
+    """Built once, weights shaken; the checks that use it leave it as it is."""
+    return shake(new_model(name))
+
+
+@functools.cache
+def shared_outputs(name):
+    model = shared_model(name)
+    return flat(model.predict(sample_inputs(model), verbose=0))
+
+
+def flat(outputs):
+    return [to_numpy(y) for y in keras.tree.flatten(outputs)]
+
+
+def has_objective(model):
+    """Whether the model brings its own loss, so that `fit(x)` trains it."""
+    own = type(model).compute_loss is not keras.Model.compute_loss
+    return own and "num_classes" not in {
+        k for k, v in model.options.items() if v is not None
+    }
+
+
+def targets(model, x, seed=2):
+    rng = np.random.default_rng(seed)
+    outputs = model.predict(x, verbose=0)
+    return keras.tree.map_structure(
+        lambda y: rng.uniform(size=y.shape).astype("float32"), outputs
+    )
+
+
+def compiled(model, optimizer, **options):
+    loss = None if has_objective(model) else "mean_squared_error"
+    model.compile(optimizer, loss=loss, **options)
+    return model
+
+
+def training_data(model, batch_size=4):
+    x = sample_inputs(model, batch_size)
+    return dict(x=x) if has_objective(model) else dict(x=x, y=targets(model, x))
+
+
+@every_architecture
+def test_builds(name):
+    model = shared_model(name)
+    assert model.architecture == name
+    assert set(model.options) == set(keras_edifice.info(name).options)
+    for layer in model._flatten_layers():
+        assert not isinstance(layer, keras.layers.Lambda), f"{layer.name} is a Lambda"
+        assert_registered(type(layer))
+
+
+def assert_registered(cls):
+    known = keras.saving.get_registered_object(keras.saving.get_registered_name(cls))
+    built_in = cls.__module__.startswith("keras.")
+    assert built_in or known is cls, f"{cls.__name__} is not registered"
+
+
+@every_architecture
+def test_output_is_as_info_says(name):
+    model, entry = shared_model(name), keras_edifice.info(name)
+    shapes = [entry.shape(spec, model.options) for spec in entry.outputs.values()]
+    if len(shapes) > 1:
+        assert set(model.output) == set(entry.outputs)
+        shapes = [
+            entry.shape(entry.outputs[k], model.options) for k in sorted(model.output)
+        ]
+    outputs = keras.tree.flatten(model.predict(sample_inputs(model), verbose=0))
+    symbolic = keras.tree.flatten(model.output)
+    for y, tensor, shape in zip(outputs, symbolic, shapes, strict=True):
+        assert y.dtype == tensor.dtype == "float32"
+        assert len(y.shape) == len(tensor.shape) == len(shape)
+        for size, declared, said in zip(y.shape, tensor.shape, shape, strict=True):
+            assert declared in (None, size)
+            assert said in (None, size), f"info says {shape}, the output is {y.shape}"
+
+
+@every_architecture
+def test_other_batch_sizes(name):
+    model = shared_model(name)
+    x = sample_inputs(model, 5)
+    whole = flat(model.predict(x, verbose=0))
+    first = keras.tree.map_structure(lambda a: a[:1], x)
+    for part, all_rows in zip(
+        flat(model.predict(first, verbose=0)), whole, strict=True
+    ):
+        assert_close(part, all_rows[:1], 1e-5)
+
+
+@every_architecture
+def test_output_is_finite(name):
+    model = shared_model(name)
+    for scale in (0.0, 1.0, 100.0):
+        x = keras.tree.map_structure(
+            lambda a, s=scale: (a * s).astype(a.dtype) if a.dtype.kind == "f" else a,
+            sample_inputs(model),
+        )
+        for y in flat(model.predict(x, verbose=0)):
+            assert np.isfinite(y).all(), f"not finite for inputs of size {scale}"
+
+
+@every_architecture
+def test_same_seed_gives_the_same_weights(name):
+    first, second = new_model(name, 3).get_weights(), new_model(name, 3).get_weights()
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert np.array_equal(a, b)
+    if first:
+        other = new_model(name, 4).get_weights()
+        assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@every_architecture
+def test_every_weight_gets_a_gradient(name):
+    model = shake(new_model(name))
+    # One step of plain gradient descent moves a weight by its gradient. The step is
+    # long so that small gradients are not lost beside the weight.
+    step = 1e3
+    compiled(model, keras.optimizers.SGD(step), run_eagerly=BACKEND == "tensorflow")
+    before = [to_numpy(w) for w in model.trainable_variables]
+    model.fit(**training_data(model), batch_size=4, verbose=0)
+    for weight, old in zip(model.trainable_variables, before, strict=True):
+        gradient = (old - to_numpy(weight)) / step
+        assert np.isfinite(gradient).all(), f"{weight.path}: not finite"
+        assert np.any(gradient != 0), f"{weight.path}: no gradient"
+
+
+@every_architecture
+def test_fit_lowers_the_loss(name):
+    model = new_model(name)
+    # TensorFlow compiles by XLA on accelerators alone; ask for it here as well.
+    compiled(model, keras.optimizers.Adam(1e-2), jit_compile=BACKEND != "torch")
+    data = training_data(model)
+    before = model.evaluate(**data, batch_size=4, verbose=0)
+    model.fit(**data, batch_size=4, epochs=12, shuffle=False, verbose=0)
+    after = model.evaluate(**data, batch_size=4, verbose=0)
+    before, after = (v[0] if isinstance(v, list) else v for v in (before, after))
+    assert np.isfinite(after)
+    assert after < before, f"{before} did not fall: {after}"
+
+
+@every_architecture
+def test_saves_and_loads(name, tmp_path):
+    model, path = shared_model(name), tmp_path / "model.keras"
+    model.save(path)
+    loaded = keras.saving.load_model(path, safe_mode=True)
+    assert type(loaded) is type(model)
+    assert (loaded.architecture, loaded.options) == (model.architecture, model.options)
+    outputs = flat(loaded.predict(sample_inputs(loaded), verbose=0))
+    for y, expected in zip(outputs, shared_outputs(name), strict=True):
+        assert_close(y, expected, 1e-6)
+
+
+@every_architecture
+def test_int8_weights_survive_saving(name, tmp_path):
+    model, path = shake(new_model(name)), tmp_path / "model.keras"
+    try:
+        model.quantize("int8")
+    except ValueError as error:  # Keras has no int8 form of any layer of this model
+        pytest.skip(f"{name} has nothing to quantise: {error}")
+    outputs = flat(model.predict(sample_inputs(model), verbose=0))
+    for y, expected in zip(outputs, shared_outputs(name), strict=True):
+        assert np.isfinite(y).all()
+        assert y.shape == expected.shape
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    reloaded = flat(loaded.predict(sample_inputs(loaded), verbose=0))
+    for y, expected in zip(reloaded, outputs, strict=True):
+        assert_close(y, expected, 1e-6)
+
+
+@every_architecture
+def test_half_precision_stays_near(name):
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = new_model(name)
+        model.set_weights(shared_model(name).get_weights())
+        outputs = flat(model.predict(sample_inputs(model), verbose=0))
+        compiled(model, keras.optimizers.SGD(1e-3), run_eagerly=BACKEND == "tensorflow")
+        history = model.fit(**training_data(model), batch_size=4, verbose=0).history
+    finally:
+        keras.config.set_dtype_policy(policy)
+    assert np.isfinite(history["loss"]).all()
+    for y, expected in zip(outputs, shared_outputs(name), strict=True):
+        # bfloat16 keeps 8 bits: a few layers of it leave about one part in thirty.
+        assert difference(y, expected) < 0.1
+
+
+@every_architecture
+def test_onnx_agrees(name, tmp_path):
+    path = tmp_path / "model.onnx"
+    assert keras_edifice.export(shared_model(name), path, "onnx") <= EXPORT_LIMIT
+    assert path.exists()
+
+
+@every_architecture
+def test_saved_model_agrees(name, tmp_path):
+    path = tmp_path / "model"
+    assert keras_edifice.export(shared_model(name), path, "saved_model") <= EXPORT_LIMIT
+    assert (path / "saved_model.pb").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xdist_group(name))
+        for name in keras_edifice.list_architectures(causal=True)
+    ],
+)
+def test_causal_means_blind_to_the_future(name):
+    model = shake(new_model(name, return_sequences=True))
+    x = sample_inputs(model, length=9)
+    cut = x.shape[1] // 2
+    changed = x.copy()
+    changed[:, cut:] += 1.0
+    before, after = model.predict(x, verbose=0), model.predict(changed, verbose=0)
+    assert_close(after[:, :cut], before[:, :cut], 1e-5)
+    assert difference(after[:, cut:], before[:, cut:]) > 1e-4

@@ -1,0 +1,31 @@
+"""Prints the conformance matrix: a row for each architecture, a column a check."""
+
+import re
+
+CONFORMANCE = re.compile(r"test_conformance\.py::test_(\w+)\[(\w+)\]")
+MARKS = {"passed": "+", "failed": "FAIL", "skipped": "skip", "error": "FAIL"}
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The matrix of every conformance check that ran."""
+    cells, checks = {}, {}
+    for outcome, mark in MARKS.items():
+        for report in terminalreporter.stats.get(outcome, []):
+            found = CONFORMANCE.search(getattr(report, "nodeid", ""))
+            if found:
+                check, architecture = found.groups()
+                checks.setdefault(check, None)
+                cells[architecture, check] = mark
+    if not cells:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("conformance: architecture by check")
+    columns = sorted(checks)
+    for number, check in enumerate(columns, 1):
+        write(f"  {number:2} {check.replace('_', ' ')}")
+    names = sorted({architecture for architecture, _ in cells})
+    width = max(map(len, names))
+    write(" " * width + "".join(f"{n:>5}" for n in range(1, len(columns) + 1)))
+    for name in names:
+        row = "".join(f"{cells.get((name, check), ''):>5}" for check in columns)
+        write(f"{name:{width}}{row}")
