@@ -19,21 +19,32 @@ if _unusable is None:
         list_architectures,
         list_families,
         load_all,
+        load_plugins,
         search,
     )
 
     load_all()
-    del load_all
+
+    from keras_edifice import layers
+    # compare
+    from keras_edifice.exporting import export
+    from keras_edifice.model import EdificeModel
 
     __all__ = [
+        "EdificeModel",
         "architecture",
         "build",
         "classifier",
+
+        "export",
         "info",
+        "layers",
         "list_architectures",
         "list_families",
         "search",
     ]
+
+    load_plugins()
 else:
 
     def __getattr__(name):

@@ -49,6 +49,10 @@ class EdificeModel(keras.Model):
         self._check_shapes(inputs)
         return super().__call__(inputs, *args, **kwargs)
 
+    def stateless_call(self, trainable, non_trainable, inputs, *args, **kwargs):
+        self._check_shapes(inputs)  # `fit` and `predict` come this way on JAX
+        return super().stateless_call(trainable, non_trainable, inputs, *args, **kwargs)
+
     def _check_shapes(self, inputs):
         received = keras.tree.flatten(inputs)
         if len(received) != len(self.inputs):

@@ -255,14 +255,14 @@ def build(name: str, **options) -> keras.Model:
 
 
 def classifier(
-    name: str, num_classes: int, activation: str | None = "softmax", **options
+    name: str, num_classes: int, classifier_activation: str | None = "softmax", **options
 ) -> keras.Model:
     """An architecture with a classification head, ready for `compile` and `fit`.
 
     Args:
         name: a name of `list_architectures()`.
         num_classes: number of classes.
-        activation: of the head; None gives logits.
+        classifier_activation: of the head; None gives logits.
         **options: those of `info(name)`.
 
     Returns:
@@ -280,7 +280,10 @@ def classifier(
     num_classes = check(Size, "num_classes", num_classes)
     if "num_classes" in entry.options:
         return build(
-            name, num_classes=num_classes, classifier_activation=activation, **options
+            name,
+            num_classes=num_classes,
+            classifier_activation=classifier_activation,
+            **options,
         )
     if len(entry.outputs) > 1:
         raise ValueError(
@@ -288,7 +291,7 @@ def classifier(
             "build it and put a model of your own on one of them"
         )
     backbone = build(name, **options)
-    scores = class_scores(backbone.output, num_classes, activation)
+    scores = class_scores(backbone.output, num_classes, classifier_activation)
     model = EdificeModel(backbone.input, scores, name=f"{name}_classifier")
     return model.describe(name, backbone.options)
 
@@ -365,21 +368,25 @@ def search(text: str) -> list[str]:
 
 
 def load_all():
-    """Imports every module of this package's folders, then the entry points.
-
-    A file in a family's folder is found by being there. Packages of others name
-    their modules in the entry-point group `keras_edifice.architectures`.
-    """
+    """Imports every module of this package's folders; being there is enough."""
     package = importlib.import_module(__package__)
     for folder in pkgutil.iter_modules(package.__path__, f"{__package__}."):
         if folder.ispkg and not folder.name.endswith(".backends"):
             parent = importlib.import_module(folder.name)
             for module in pkgutil.iter_modules(parent.__path__, f"{folder.name}."):
                 importlib.import_module(module.name)
+
+
+def load_plugins():
+    """Imports the modules that other packages name in their entry points.
+
+    The group is `keras_edifice.architectures`. A module that fails is a warning: the
+    fault of another package must not stop this one.
+    """
     for plugin in importlib.metadata.entry_points(group="keras_edifice.architectures"):
         try:
             plugin.load()
-        except Exception as error:  # another package's fault must not stop this one
+        except Exception as error:
             warnings.warn(
                 f"the architectures of {plugin.value} could not be loaded: {error}",
                 stacklevel=2,

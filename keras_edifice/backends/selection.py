@@ -1,17 +1,19 @@
 """Which backend Keras will use. Decided before Keras is imported.
 
-`KERAS_BACKEND` wins; then a Keras that is already imported; then the user's
-`keras.json`; then the first installed one of `BACKENDS`.
+`KERAS_BACKEND` wins, then a Keras that is already imported, then the first installed
+one of `BACKENDS`. Keras writes a `keras.json` with its own default by itself, so that
+file says nothing of the user's wish.
 """
 
 import importlib.util
-import json
 import os
 import sys
-from pathlib import Path
 
 BACKENDS = {"jax": "jax", "torch": "torch", "tensorflow": "tensorflow"}
 """Backend -> the package that it needs, in the order of preference."""
+
+picked: str | None = None
+"""The backend that was picked because nobody chose one, else None."""
 
 
 def installed(backend: str) -> bool:
@@ -26,9 +28,10 @@ def install_command(extra: str) -> str:
 
 def select_backend() -> str | None:
     """Sets `KERAS_BACKEND` if nobody chose. Returns one line if none can be used."""
+    global picked
     if "keras" in sys.modules:
         return None
-    chosen = os.environ.get("KERAS_BACKEND") or _configured()
+    chosen = os.environ.get("KERAS_BACKEND") or None
     if chosen is None:
         chosen = next(filter(installed, BACKENDS), None)
         if chosen is None:
@@ -36,7 +39,7 @@ def select_backend() -> str | None:
                 f"keras_edifice needs one of the backends {', '.join(BACKENDS)}, "
                 f"found none; run: {install_command('jax')}"
             )
-        os.environ["KERAS_BACKEND"] = chosen
+        os.environ["KERAS_BACKEND"] = picked = chosen
     if chosen in BACKENDS and not installed(chosen):
         return (
             f"KERAS_BACKEND is {chosen!r}, but that package is not installed; "
@@ -44,10 +47,3 @@ def select_backend() -> str | None:
         )
     return None
 
-
-def _configured():
-    home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
-    try:
-        return json.loads((home / "keras.json").read_text()).get("backend")
-    except (OSError, ValueError):  # no file, or not JSON: Keras ignores it as well
-        return None

@@ -3,7 +3,13 @@
 from keras import layers
 
 
-def class_scores(features, num_classes, activation="softmax", use_bias=True):
+def class_scores(
+    features,
+    num_classes,
+    activation="softmax",
+    use_bias=True,
+    kernel_initializer="glorot_uniform",
+):
     """(batch, ..., features) -> (batch, ..., num_classes), in float32.
 
     The scores stay float32 under mixed precision, where half precision costs accuracy.
@@ -12,6 +18,7 @@ def class_scores(features, num_classes, activation="softmax", use_bias=True):
         num_classes,
         activation=activation,
         use_bias=use_bias,
+        kernel_initializer=kernel_initializer,
         dtype="float32",
         name="predictions",
     )(features)

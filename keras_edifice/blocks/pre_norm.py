@@ -1,0 +1,24 @@
+"""The residual block of image transformers and their kin: normalise, mix, add."""
+
+from keras import layers
+
+from keras_edifice.blocks.drop_path import DropPath
+from keras_edifice.blocks.layer_norm import LayerNorm
+
+
+def pre_norm_residual(x, branch, *, epsilon=1e-6, dropout=0.0, drop_path=0.0):
+    """x + branch(LN(x)), symbolic; the names of the layers begin with the branch's.
+
+    Args:
+        x: a symbolic tensor.
+        branch: a layer that keeps the shape.
+        epsilon: of the normalisation.
+        dropout: rate on the branch's output.
+        drop_path: probability that an example's branch is dropped.
+    """
+    y = branch(LayerNorm(epsilon, name=f"{branch.name}_norm")(x))
+    if dropout:
+        y = layers.Dropout(dropout, name=f"{branch.name}_dropout")(y)
+    if drop_path:
+        y = DropPath(drop_path, name=f"{branch.name}_drop_path")(y)
+    return layers.Add(name=f"{branch.name}_add")([x, y])

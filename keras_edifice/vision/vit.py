@@ -1,0 +1,160 @@
+"""Vision Transformer: an image as a sequence of patches.
+
+    z_0 = [class; E patch_1; ...; E patch_N] + positions            (eq. 1)
+    z'  = z + MSA(LN(z)),    z = z' + MLP(LN(z'))                   (eq. 2, 3)
+    y   = LN(z_L)[class]                                            (eq. 4)
+"""
+
+from typing import Literal
+
+from keras import layers
+
+from keras_edifice.blocks.channel_mlp import ChannelMLP
+from keras_edifice.blocks.class_token import ClassToken
+from keras_edifice.blocks.drop_path import drop_path_rates
+from keras_edifice.blocks.heads import class_scores
+from keras_edifice.blocks.images import image_input, stage_maps
+from keras_edifice.blocks.initializers import matrix_initializer
+from keras_edifice.blocks.layer_norm import LayerNorm
+from keras_edifice.blocks.patch_embed import PatchEmbed
+from keras_edifice.blocks.position_table import PositionTable
+from keras_edifice.blocks.pre_norm import pre_norm_residual
+from keras_edifice.blocks.self_attention import SelfAttention
+from keras_edifice.model import EdificeModel
+from keras_edifice.options import Activation, Positive, Rate, Size
+from keras_edifice.registry import architecture
+
+
+def _size(embed_size, num_layers, num_heads, patch_size, image_size=224):
+    """The options of a published size, with ImageNet's classes."""
+    return {**locals(), "num_classes": 1000}
+
+
+_VARIANTS = {  # table 1; Ti and S as Touvron et al. 2020 (arXiv:2012.12877) name them
+    "ti16": _size(192, 12, 3, 16),
+    "s32": _size(384, 12, 6, 32),
+    "s16": _size(384, 12, 6, 16),
+    "b32": _size(768, 12, 12, 32),
+    "b16": _size(768, 12, 12, 16),
+    "l32": _size(1024, 24, 16, 32),
+    "l16": _size(1024, 24, 16, 16),
+    "h14": _size(1280, 32, 16, 14),
+    "b16_384": _size(768, 12, 12, 16, 384),
+    "l16_384": _size(1024, 24, 16, 16, 384),
+}
+_EPSILON = 1e-6
+
+
+def _summary(tokens, pool, representation_size):
+    """The token of the class, or the mean of the patches, and the pre-training head."""
+    if pool == "cls":
+        x = tokens[:, 0]
+    else:
+        x = layers.GlobalAveragePooling1D(name="pool")(tokens[:, 1:])
+    if representation_size is not None:
+        x = layers.Dense(representation_size, activation="tanh", name="pre_logits")(x)
+    return x
+
+
+@architecture(
+    paper="Dosovitskiy et al. 2020, An Image is Worth 16x16 Words: Transformers for "
+    "Image Recognition at Scale, arXiv:2010.11929",
+    kind="image",
+    inputs="(batch, image_size, image_size, num_channels)",
+    outputs="(batch, num_classes | representation_size | embed_size)",
+    tiny=dict(
+        image_size=6,
+        patch_size=2,
+        num_channels=2,
+        embed_size=8,
+        num_layers=2,
+        num_heads=2,
+        num_classes=3,
+    ),
+    multiples={"image_size": "patch_size", "embed_size": "num_heads"},
+    variants=_VARIANTS,
+)
+def vit(
+    *,
+    image_size: Size = 224,
+    patch_size: Size = 16,
+    num_channels: Size = 3,
+    embed_size: Size = 768,
+    num_layers: Size = 12,
+    num_heads: Size = 12,
+    mlp_ratio: Positive = 4.0,
+    num_classes: Size | None = None,
+    classifier_activation: Activation | None = "softmax",
+    pool: Literal["cls", "mean"] = "cls",
+    pos_embed: Literal["learned", "sincos"] = "learned",
+    qkv_bias: bool = True,
+    representation_size: Size | None = None,
+    initializer: Literal["xavier", "truncated"] = "xavier",
+    dropout: Rate = 0.0,
+    attention_dropout: Rate = 0.0,
+    drop_path: Rate = 0.0,
+    return_sequences: bool = False,
+    features_only: bool = False,
+) -> EdificeModel:
+    """Pre-norm transformer encoder on patches, read out at a learned class token.
+
+    Args:
+        image_size: height and width of the image.
+        patch_size: side of a patch.
+        num_channels: channels of the image.
+        embed_size: width of a token.
+        num_layers: number of encoder blocks.
+        num_heads: heads of the self-attention.
+        mlp_ratio: width of the MLP's hidden layer, in token widths.
+        num_classes: classes of the head; None gives the features.
+        classifier_activation: of the head; None gives logits.
+        pool: read out the class token, or the mean of the patches' tokens.
+        pos_embed: a learned table of positions, or fixed sines and cosines.
+        qkv_bias: whether queries, keys and values have biases.
+        representation_size: width of a tanh layer before the head, as in the paper's
+            pre-training; None for no such layer.
+        initializer: of the matrices, "xavier" as the authors' code, whose head starts
+            at zero, or "truncated" normal as Touvron et al. 2020.
+        dropout: rate after the positions, each branch and each MLP activation.
+        attention_dropout: rate on the attention weights.
+        drop_path: rate of dropped branches at the last block, growing linearly.
+        return_sequences: give all tokens after the last norm, and no head.
+        features_only: give the patches' tokens as a map, {"stride_16": ...}, and no
+            head.
+    """
+    inputs = image_input(image_size, num_channels)
+    side = image_size // patch_size
+    x = PatchEmbed(embed_size, patch_size, name="patches")(inputs)
+    x = ClassToken(name="class_token")(x)
+    x = PositionTable([side, side], learned=pos_embed == "learned", name="positions")(x)
+    if dropout:
+        x = layers.Dropout(dropout, name="positions_dropout")(x)
+    for i, rate in enumerate(drop_path_rates(drop_path, num_layers)):
+        branches = (
+            SelfAttention(
+                num_heads,
+                qkv_bias,
+                attention_dropout,
+                initializer,
+                name=f"block{i + 1}_attention",
+            ),
+            ChannelMLP(
+                int(mlp_ratio * embed_size), dropout, initializer, name=f"block{i + 1}_mlp"
+            ),
+        )
+        for branch in branches:
+            x = pre_norm_residual(
+                x, branch, epsilon=_EPSILON, dropout=dropout, drop_path=rate
+            )
+    x = LayerNorm(_EPSILON, name="norm")(x)
+    if features_only:
+        grid = layers.Reshape((side, side, embed_size), name="map")(x[:, 1:])
+        x = stage_maps({patch_size: grid})
+    elif not return_sequences:
+        x = _summary(x, pool, representation_size)
+        if num_classes is not None:
+            start = "zeros" if initializer == "xavier" else matrix_initializer(initializer)
+            x = class_scores(
+                x, num_classes, classifier_activation, kernel_initializer=start
+            )
+    return EdificeModel(inputs, x, name="vit")
