@@ -188,7 +188,7 @@ class AttentiveTransformer(Composite):
         self.norm.build(prior_shape)
 
     def call(self, a, prior, training=None):
-        mask = self.select(prior * self.norm(self.dense(a), training))
+        mask = self.select(prior * self.norm(self.dense(a), training=training))
         if self.sparsity:
             entropy = -ops.sum(mask * ops.log(mask + self.epsilon), axis=-1)
             self.add_loss(self.sparsity * ops.mean(entropy))

@@ -1,0 +1,145 @@
+"""Writes the parts of the documentation that follow from the code.
+
+    python guides/generate.py            # writes
+    python guides/generate.py --check    # fails if something is out of date
+
+`guides/architectures.md` and the families in README.md come from the registry;
+`guides/fidelity.md` from the measurements in build/fidelity, where there are any.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import keras_edifice
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = re.compile(r"(<!-- families -->\n).*?(<!-- end of families -->)", re.DOTALL)
+
+
+def family_title(family):
+    """First line of the docstring of the family's folder."""
+    entry = keras_edifice.info(keras_edifice.list_architectures(family)[0])
+    package = sys.modules[entry.builder.__module__.rpartition(".")[0]]
+    return package.__doc__.split("\n")[0].rstrip(".")
+
+
+def families():
+    """The families with their architectures, for the README."""
+    lines = []
+    for family in keras_edifice.list_families():
+        lines.append(f"- **{family_title(family)}**:")
+        for name in keras_edifice.list_architectures(family):
+            link = f"guides/architectures.md#{name}"
+            title = keras_edifice.info(name).title
+            lines.append(f"  [`{name}`]({link}) ({title}),")
+        lines[-1] = lines[-1].rstrip(",") + "."
+    return "\n".join(lines) + "\n"
+
+
+def cell(text):
+    """Text that cannot end a cell of a Markdown table."""
+    return text.replace("|", "\\|")
+
+
+def page(entry):
+    """One architecture: paper, shapes, facets and every option."""
+    inputs = ", ".join(f"`{k}` `{v}`" for k, v in entry.inputs.items())
+    outputs = ", ".join(f"`{k}` `{v}`" for k, v in entry.outputs.items())
+    lines = [
+        f"### {entry.name}",
+        "",
+        f"**{entry.title}.** {entry.summary}",
+        "",
+        f"- Paper: {entry.paper}",
+        f"- Input: {inputs}",
+        f"- Output: {outputs}",
+        f"- Causal: {'yes' if entry.causal else 'no'}; "
+        f"streams: {'yes' if entry.streaming else 'no'}",
+    ]
+    if entry.variants:
+        lines.append(f"- Variants: {', '.join(f'`{v}`' for v in entry.variants)}")
+    lines += ["", "| option | type | default | meaning |", "|---|---|---|---|"]
+    for option in entry.options.values():
+        default = "required" if option.required else f"`{option.default!r}`"
+        allowed = f" ({option.allowed})" if option.allowed else ""
+        meaning = cell(option.meaning + allowed)
+        lines.append(f"| `{option.name}` | {option.type} | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def architectures():
+    """The page of all architectures, by family."""
+    parts = [
+        "# Architectures\n",
+        "Made by `python guides/generate.py` from the code. In shapes, `a | b` is a, "
+        "or b where a is None.\n",
+    ]
+    for family in keras_edifice.list_families():
+        parts.append(f"## {family_title(family)}\n")
+        names = keras_edifice.list_architectures(family)
+        parts += [page(keras_edifice.info(name)) for name in names]
+    return "\n".join(parts)
+
+
+def fidelity(folder):
+    """The table of measured differences from the independent implementations."""
+    rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    lines = [
+        "# Fidelity",
+        "",
+        "Each architecture beside an independent implementation, with the same random "
+        "weights and inputs, in float32. The figures are the largest differences of "
+        "the outputs and of the gradients in weights and inputs, relative to the "
+        "largest value; the limit is 1e-4. Measured by `tox -e fidelity`, written by "
+        "`python guides/generate.py`.",
+        "",
+        "| architecture | reference | forward | gradient |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| `{row['architecture']}` | {cell(row['reference'])} "
+            f"| {row['forward']:.1e} | {row['gradient']:.1e} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def documents():
+    """Path -> its text as it should be. The fidelity page only where measured."""
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    found = {
+        ROOT / "guides" / "architectures.md": architectures(),
+        readme: FAMILIES.sub(lambda m: m[1] + families() + m[2], text),
+    }
+    measured = ROOT / "build" / "fidelity"
+    if all(
+        (measured / f"{n}.json").exists() for n in keras_edifice.list_architectures()
+    ):
+        found[ROOT / "guides" / "fidelity.md"] = fidelity(measured)
+    return found
+
+
+def main():
+    """Writes what is out of date, or with --check names it and fails."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--check", action="store_true", help="only say what would change"
+    )
+    arguments = parser.parse_args()
+    found = documents()
+    if arguments.check:  # measured differences vary in their last digits
+        found = {p: t for p, t in found.items() if p.name != "fidelity.md"}
+    stale = [p for p, t in found.items() if not p.exists() or p.read_text() != t]
+    for path in stale:
+        if not arguments.check:
+            path.write_text(found[path])
+        print(f"{'out of date' if arguments.check else 'wrote'}: {path.name}")
+    return 1 if stale and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
