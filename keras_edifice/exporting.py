@@ -55,10 +55,11 @@ def export(
     """
     _check(model, format, verify)
     path = _usable(Path(path), format)
-    model = in_float32(model)
+    with routes.quiet():
+        model = in_float32(model)
     batches, expected = _expected(model) if verify else (None, None)
     failures = []
-    for route in routes.routes(format):
+    for route in routes.routes(model, format):
         with tempfile.TemporaryDirectory(
             prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True
         ) as folder:
@@ -176,11 +177,12 @@ def _write(model, route, format, folder, name):
 
 def _largest_difference(results, expected):
     """The largest over all batches and outputs."""
-    return max(
+    differences = [
         _difference(actual, wanted)
         for flat, wanted_flat in zip(results, expected, strict=True)
         for actual, wanted in zip(flat, wanted_flat, strict=True)
-    )
+    ]
+    return float(np.max(differences))  # NaN if one of them is
 
 
 def _difference(actual, expected):
@@ -190,7 +192,7 @@ def _difference(actual, expected):
     a, b = actual.astype("float64"), expected.astype("float64")
     gap = np.abs(np.subtract(a, b, where=a != b, out=np.zeros_like(b)))
     finite = np.abs(b[np.isfinite(b)])
-    return float(gap.max(initial=0.0) / finite.max(initial=1.0))
+    return gap.max(initial=0.0) / finite.max(initial=1.0)
 
 
 def _put_in_place(artefact, path):
@@ -210,7 +212,8 @@ def _put_in_place(artefact, path):
 
 
 def _one_line(error, limit=200):
-    text = " ".join(str(error).split()) or type(error).__name__
+    _, _, text = str(error).rpartition("Exception encountered:")  # Keras' own cause
+    text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 

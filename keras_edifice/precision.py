@@ -15,7 +15,8 @@ def in_float32(model):
         return model
     config = _raised(keras.saving.serialize_keras_object(model))
     config.pop("compile_config", None)  # losses and metrics are not needed
-    copy = keras.saving.deserialize_keras_object(config, safe_mode=False)
+    classes = {type(part).__name__: type(part) for part in model._flatten_layers()}
+    copy = keras.saving.deserialize_keras_object(config, classes, safe_mode=False)
     copy.set_weights(model.get_weights())
     return copy
 

@@ -11,9 +11,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-from pathlib import Path
 
 MARK = "keras_edifice reply: "
+"""Begins the lines of the process that are replies."""
+
+START = (
+    "import sys; sys.path[:] = sys.argv[1:]; "
+    "from keras_edifice.backends.worker import main; main()"
+)
+"""What the process runs, with this one's places of modules as arguments."""
 
 _children = {}
 _lock = threading.Lock()
@@ -42,9 +48,9 @@ def close_all():
 class _Child:
     def __init__(self, backend):
         self._backend = backend
-        self._log = tempfile.TemporaryFile()  # an error that ends it is read from here
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115, lives as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker"],
+            [sys.executable, "-c", START, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -96,12 +102,9 @@ class _Child:
 
 def _environment(backend):
     """That of this process, for a process on the CPU under another backend."""
-    package = str(Path(__file__).parents[2])
-    paths = [package, os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "KERAS_BACKEND": backend,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "CUDA_VISIBLE_DEVICES": "-1",  # the memory of the GPU belongs to this process
         "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "3",

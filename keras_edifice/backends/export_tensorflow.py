@@ -32,7 +32,8 @@ def predict(model, batches):
 
 def run_saved_model(path, batches):
     """Outputs of a SavedModel, flat, for each batch: a flat list of inputs."""
-    endpoint = tf.saved_model.load(path).serve
+    loaded = tf.saved_model.load(path)  # its variables live as long as this name
+    endpoint = loaded.serve
     (structure,), _ = endpoint.concrete_functions[0].structured_input_signature
     results = []
     with _full_float32():

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import io
 import logging
+import os
 import warnings
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import keras
 
 from keras_edifice.backends import child
 from keras_edifice.backends.selection import installed
+from keras_edifice.backends.signature import open_axes
 from keras_edifice.ops.tracing import export_scope
 
 
@@ -42,15 +44,23 @@ ROUTES = {
 """Format -> the routes that can write it."""
 
 
-def routes(format: str) -> list[Route]:
-    """Usable routes to a format: those of the active backend, then the others."""
+def routes(model, format: str) -> list[Route]:
+    """Usable routes for a model: those of the active backend, then the others."""
     active = keras.backend.backend()
     usable = [
         route
         for route in ROUTES[format]
-        if installed(route.backend) and not missing(route.packages)
+        if installed(route.backend)
+        and not missing(route.packages)
+        and not (route.backend == "torch" and _loops_over_an_open_axis(model))
     ]
     return sorted(usable, key=lambda route: route.backend != active)
+
+
+def _loops_over_an_open_axis(model):
+    """Whether Keras unrolls a loop over time on PyTorch: the length would be frozen."""
+    layers = model._flatten_layers()
+    return open_axes(model) and any(isinstance(x, keras.layers.RNN) for x in layers)
 
 
 def missing(packages) -> list[str]:
@@ -77,13 +87,13 @@ def write_in_child(model, route, format, path, saved):
         format=format,
         exporter=route.exporter,
         path=path,
-        modules=_modules(model),
+        definitions=_definitions(model),
     )
 
 
 @contextlib.contextmanager
 def quiet():
-    """Without the prints, logs and warnings of exporters."""
+    """Without the prints, logs and warnings of exporters, those of C++ included."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -91,17 +101,34 @@ def quiet():
             warnings.catch_warnings(action="ignore"),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
+            _closed_stream(1),
+            _closed_stream(2),
         ):
             yield
     finally:
         logging.disable(level)
 
 
-def _modules(model):
-    """Modules that register the classes of the model's layers, where importable."""
+@contextlib.contextmanager
+def _closed_stream(number):
+    """Sends what this process writes to a stream, by number, to nowhere."""
+    kept = os.dup(number)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, number)
+        os.close(kept)
+
+
+def _definitions(model):
+    """(module, name) of the classes of the model's layers, and of its builder."""
     from keras_edifice.registry import info
 
-    modules = {type(part).__module__ for part in [model, *model._flatten_layers()]}
+    found = [type(part) for part in [model, *model._flatten_layers()]]
     with contextlib.suppress(ValueError, TypeError):  # it has no known architecture
-        modules.add(info(getattr(model, "architecture", None)).builder.__module__)
-    return sorted(m for m in modules if m.split(".")[0] not in ("keras", "__main__"))
+        found.append(info(getattr(model, "architecture", None)).builder)
+    named = {(x.__module__, x.__name__) for x in found}
+    return sorted(x for x in named if x[0].split(".")[0] not in ("keras", "__main__"))

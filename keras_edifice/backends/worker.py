@@ -17,12 +17,15 @@ from keras_edifice.backends.child import MARK
 from keras_edifice.backends.routes import write
 
 
-def export(model, format, exporter, path, modules, **_):
-    """Exports a `.keras` file."""
-    for module in modules:  # registers the classes of the layers
+def export(model, format, exporter, path, definitions, **_):
+    """Exports a `.keras` file of layers whose definitions are (module, name)."""
+    classes = {}
+    for module, name in definitions:
         with contextlib.suppress(Exception):  # loading names the class that is missing
-            importlib.import_module(module)
-    loaded = keras.saving.load_model(model, compile=False, safe_mode=False)
+            definition = getattr(importlib.import_module(module), name)
+            if isinstance(definition, type):
+                classes[name] = definition
+    loaded = keras.saving.load_model(model, classes, compile=False, safe_mode=False)
     write(loaded, format, exporter, path)
 
 
@@ -59,7 +62,3 @@ def _private_streams():
     os.dup2(nothing, 0)
     os.dup2(2, 1)
     return os.fdopen(jobs, encoding="utf-8"), os.fdopen(replies, "w", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The MLP on the channels of each token, with the exact GELU.
 
-    y = W_2 gelu(W_1 x + b_1) + b_2
+y = W_2 gelu(W_1 x + b_1) + b_2
 """
 
 import keras

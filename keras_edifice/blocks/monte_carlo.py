@@ -35,7 +35,8 @@ class MonteCarloModel(EdificeModel):
             if hasattr(layer, "sample"):
                 h = layer.sample(h, generator)
             elif not isinstance(layer, keras.layers.InputLayer):
-                h = layer(h)
+                y = layer(ops.reshape(h, (-1, *h.shape[2:])))
+                h = ops.reshape(y, (num_samples, -1, *y.shape[1:]))
         return ops.convert_to_numpy(ops.cast(h, "float32"))
 
     def draw_probabilities(self, x, num_samples, seed=None):

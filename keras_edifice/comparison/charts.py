@@ -30,17 +30,17 @@ def charts(comparison) -> list[dict]:
     import altair as alt
 
     good = [row for row in comparison.rows if row.error is None]
-    found = [_scatter(alt, comparison.data)]
+    data, found = comparison.data, [_scatter(alt, comparison.data)]
     if good:
         colour = _family_colour(alt, comparison.rows)
+        found.append(_bars(alt, good, colour))
+        if len(data.features) == 2:
+            found.append(_regions(alt, good[:TOP], data))
         found += [
-            _bars(alt, good, colour),
+            _time(alt, good, colour),
             _curves(alt, good, colour),
             _losses(alt, good, colour),
-            _time(alt, good, colour),
         ]
-        if len(comparison.data.features) == 2:
-            found.append(_regions(alt, good[:TOP], comparison.data))
     for chart in found:
         chart["spec"] = _styled(chart["spec"]).to_dict()
         chart["spec"].pop("$schema", None)
@@ -73,10 +73,12 @@ def _values(alt, rows):
 
 def _family_colour(alt, rows):
     families = sorted({row.family for row in rows if row.family})
-    colours = [
-        FAMILY_COLOURS[i % len(FAMILY_COLOURS)] for i, _ in enumerate(families)
-    ]
-    return alt.Color("family:N", title="family").scale(domain=families, range=colours)
+    colours = [FAMILY_COLOURS[i % len(FAMILY_COLOURS)] for i, _ in enumerate(families)]
+    return (
+        alt.Color("family:N", title="family")
+        .scale(domain=families, range=colours)
+        .legend(orient="top", symbolType="circle", symbolStrokeWidth=0)
+    )
 
 
 def _class_scale(alt, classes):
@@ -178,7 +180,7 @@ def _bars(alt, rows, colour):
         bars,
         inside.encode(text="text:N").transform_filter("datum.accuracy >= 0.15"),
         outside.encode(text="text:N").transform_filter("datum.accuracy < 0.15"),
-    ).properties(width=WIDTH - 270, height=alt.Step(30))
+    ).properties(width=WIDTH - 140, height=alt.Step(30))
     return {
         "id": "accuracy",
         "title": "Test accuracy by family",
@@ -208,15 +210,22 @@ def _facets(alt, rows, colour, values, y):
         alt.Chart(_values(alt, values))
         .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=14))
         .encode(
-            alt.X("epoch:Q", title="epoch").axis(format="d", tickMinStep=1, tickCount=5),
+            alt.X("epoch:Q", title="epoch")
+            .scale(zero=False)
+            .axis(format="d", tickMinStep=1, tickCount=5),
             y,
             colour,
-            alt.StrokeDash("part:N", title="part").scale(
-                domain=["test", "training"], range=[[1, 0], [4, 3]]
+            alt.StrokeDash("part:N", title="part")
+            .scale(domain=["test", "training"], range=[[1, 0], [4, 3]])
+            .legend(
+                orient="top",
+                symbolType="stroke",
+                symbolSize=500,
+                symbolStrokeColor="#3d4853",
             ),
             tooltip=["architecture:N", "part:N", "epoch:Q", "value:Q"],
         )
-        .properties(width=(WIDTH - 210) // columns - 40, height=140)
+        .properties(width=(WIDTH - 30) // columns - 52, height=150)
         .facet(
             alt.Facet("architecture:N", title=None, sort=[row.label for row in rows]),
             columns=columns,
@@ -248,7 +257,7 @@ def _losses(alt, rows, colour):
 
 
 def _time(alt, rows, colour):
-    width, height = WIDTH - 250, 380
+    width, height = WIDTH - 90, 380
     seconds = np.array([row.training_seconds for row in rows])
     accuracy = np.array([row.accuracy for row in rows])
     low = max(0.0, accuracy.min() - 0.15 * max(accuracy.max() - accuracy.min(), 0.1))
@@ -259,9 +268,7 @@ def _time(alt, rows, colour):
     x = alt.X("seconds:Q", title="training time in seconds").scale(
         type="log" if far else "linear", domain=[x_low, x_high], nice=False
     )
-    y = alt.Y("accuracy:Q", title="test accuracy").scale(
-        domain=[low, high], nice=False
-    )
+    y = alt.Y("accuracy:Q", title="test accuracy").scale(domain=[low, high], nice=False)
     values = [
         {
             "architecture": row.label,
@@ -285,7 +292,9 @@ def _time(alt, rows, colour):
         )
     ]
     for align, dx, dy in dict.fromkeys(sides):
-        here = [v for v, side in zip(values, sides, strict=True) if side[1:] == (dx, dy)]
+        here = [
+            v for v, side in zip(values, sides, strict=True) if side[1:] == (dx, dy)
+        ]
         layers.append(
             base.properties(data=_values(alt, here))
             .mark_text(align=align, dx=dx, dy=dy, baseline="middle", fontSize=12)

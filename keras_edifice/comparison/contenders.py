@@ -113,7 +113,9 @@ def parse_options(texts: Iterable[str]) -> dict:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.strip().isidentifier():
-            raise ValueError(f"an option must be written option=value, received {text!r}")
+            raise ValueError(
+                f"an option must be written option=value, received {text!r}"
+            )
         try:
             options[name.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):

@@ -294,6 +294,9 @@ def _train(model, row, inputs, data, settings, steps):
     )
     row.training_seconds = time.perf_counter() - start
     row.parameters = model.count_params()
+    fixed = sum(math.prod(weight.shape) for weight in model.non_trainable_weights)
+    if 10 * fixed > row.parameters:
+        row.notes.append(f"{fixed:,} of the parameters are state that is not trained")
     row.curve = {
         name: [float(value) for value in values]
         for name, values in history.history.items()

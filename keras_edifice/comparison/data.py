@@ -270,7 +270,8 @@ def _read_table(path):
     table.columns = [str(column).strip() for column in table.columns]
     if len(table) < FEWEST_EXAMPLES:
         raise ValueError(
-            f"{path.name} has {_rows(len(table))}; at least {FEWEST_EXAMPLES} are needed"
+            f"{path.name} has {_rows(len(table))}; "
+            f"at least {FEWEST_EXAMPLES} are needed"
         )
     first = table.columns[0]
     if first.startswith("Unnamed") and (table[first] == np.arange(len(table))).all():

@@ -116,9 +116,10 @@ class Hopfield(Composite):
         update_steps: state updates before the read; None until they converge.
         update_eps: change of a state's association where None stops.
         max_updates: updates at most if None.
-        normalize: LayerNorm of the stored patterns and of the values before their
-            maps.
-        normalize_state: LayerNorm of the states before their map.
+        normalize: LayerNorm of states, stored patterns and values before their maps.
+        normalize_association: LayerNorm without weights of states and stored patterns
+            in each head of the association space, in place of that of the states
+            before their map.
         dropout: rate on the weights of the read.
 
     Raises:
@@ -135,7 +136,7 @@ class Hopfield(Composite):
         update_eps=1e-4,
         max_updates=64,
         normalize=True,
-        normalize_state=True,
+        normalize_association=False,
         dropout=0.0,
         **kwargs,
     ):
@@ -149,7 +150,8 @@ class Hopfield(Composite):
         self.output_dim, self.beta, self.dropout = output_dim, beta, dropout
         self.update_steps, self.update_eps = update_steps, update_eps
         self.max_updates = max_updates
-        self.normalize, self.normalize_state = normalize, normalize_state
+        self.normalize = normalize
+        self.normalize_association = normalize_association
         self.supports_masking = True
 
     def build(self, state_shape, stored_shape, values_shape=None):
@@ -161,12 +163,14 @@ class Hopfield(Composite):
         self.output_map = self._map(
             "output_map", self.output_dim or state_shape[-1], read_shape
         )
-        self.state_norm = self.stored_norm = self.values_norm = None
-        if self.normalize_state:
-            self.state_norm = self._norm("state_norm", state_shape)
         if self.normalize:
             self.stored_norm = self._norm("stored_norm", stored_shape)
             self.values_norm = self._norm("values_norm", values_shape)
+        if self.normalize and not self.normalize_association:
+            self.state_norm = self._norm("state_norm", state_shape)
+        if self.normalize_association:
+            width = self.hidden_dim // self.num_heads
+            self.association_norm = self._norm("association_norm", (width,), False)
         self.drop = layers.Dropout(self.dropout, dtype=self.dtype_policy, name="drop")
 
     def _map(self, name, units, shape):
@@ -179,20 +183,24 @@ class Hopfield(Composite):
         layer.build(shape)
         return layer
 
-    def _norm(self, name, shape):
-        layer = LayerNorm(dtype=self.dtype_policy, name=name)
+    def _norm(self, name, shape, affine=True):
+        layer = LayerNorm(
+            center=affine, scale=affine, dtype=self.dtype_policy, name=name
+        )
         layer.build(shape)
         return layer
 
     def call(self, state, stored, values=None, stored_mask=None, training=None):
         values = stored if values is None else values
-        if self.normalize_state:
-            state = self.state_norm(state)
         if self.normalize:
             stored, values = self.stored_norm(stored), self.values_norm(values)
+        if self.normalize and not self.normalize_association:
+            state = self.state_norm(state)
         state = self._split(self.state_map(state))  # (b, h, t, d)
         stored = self._split(self.stored_map(stored))  # (b, h, s, d)
         values = self._split(self.values_map(values))  # (b, h, s, d)
+        if self.normalize_association:
+            state, stored = self.association_norm(state), self.association_norm(stored)
         if stored_mask is not None:
             stored_mask = ops.cast(stored_mask, "bool")[:, None, None, :]
         weights = associate(
@@ -240,7 +248,8 @@ class HopfieldLayer(Hopfield):
         update_eps: as in `Hopfield`.
         max_updates: as in `Hopfield`.
         normalize: as in `Hopfield`.
-        normalize_state: as in `Hopfield`.
+        normalize_association: as in `Hopfield`; on by default, because a raw input of
+            few features would lose its mean and its scale.
         dropout: as in `Hopfield`.
         shared_patterns: read the patterns that are compared; False learns separate
             ones to read.
@@ -260,7 +269,7 @@ class HopfieldLayer(Hopfield):
         update_eps=1e-4,
         max_updates=64,
         normalize=True,
-        normalize_state=False,
+        normalize_association=True,
         dropout=0.0,
         shared_patterns=True,
         **kwargs,
@@ -274,7 +283,7 @@ class HopfieldLayer(Hopfield):
             update_eps,
             max_updates,
             normalize,
-            normalize_state,
+            normalize_association,
             dropout,
             **kwargs,
         )
@@ -410,7 +419,9 @@ class HopfieldMemory(layers.Layer):
         return energy(query[..., None, :], stored, self.scale, taken)[..., 0]
 
     def _contents(self):
-        return ops.convert_to_tensor(self.patterns), ops.convert_to_tensor(self.taken) > 0
+        return ops.convert_to_tensor(self.patterns), ops.convert_to_tensor(
+            self.taken
+        ) > 0
 
     def _retrieve(self, state, update_steps):
         """As many updates and the one that gives the output: eq. 3 with V = X."""
@@ -449,7 +460,7 @@ def hopfield(
     update_eps: Positive = 1e-4,
     max_updates: Size = 64,
     normalize: bool = True,
-    normalize_state: bool | None = None,
+    normalize_association: bool | None = None,
     shared_patterns: bool = True,
     dropout: Rate = 0.0,
     mode: Literal["layer", "attention", "pooling", "memory"] = "layer",
@@ -475,14 +486,17 @@ def hopfield(
         update_steps: updates of the state before the read; None until it converges.
         update_eps: change of a state's association below which it has converged.
         max_updates: updates at most if update_steps is None.
-        normalize: LayerNorm of stored patterns and values before their maps.
-        normalize_state: LayerNorm of the states before their map; None does so unless
-            the state is the raw input of mode layer, which loses its mean and scale.
+        normalize: LayerNorm of states, stored patterns and values before their maps.
+        normalize_association: LayerNorm of states and stored patterns after their
+            maps, in place of that of the states before; None is on in mode layer,
+            where the state is a raw input that would lose its mean and its scale.
         shared_patterns: mode layer reads the patterns it compares; False learns two.
         dropout: rate on the weights of the read, in training.
         mode: what is state and what is stored.
         use_mask: modes attention and pooling take "stored_mask" (batch, s), 1 = real.
     """
+    if normalize_association is None:
+        normalize_association = mode == "layer"
     updates = dict(
         beta=beta,
         update_steps=update_steps,
@@ -497,7 +511,7 @@ def hopfield(
         hidden_dim=hidden_dim,
         num_heads=num_heads,
         normalize=normalize,
-        normalize_state=mode != "layer" if normalize_state is None else normalize_state,
+        normalize_association=normalize_association,
         dropout=dropout,
         name=mode,
         **updates,

@@ -42,7 +42,7 @@ def spiking_dense(units, beta, threshold, name):
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
-class LeakyIntegrator(layers.Layer):
+class LeakyIntegrator(Composite):
     """Currents (batch, time, units) -> membranes of the same shape. Causal, linear.
 
     U[t] = β U[t-1] + I[t], the read-out that does not spike.
@@ -59,9 +59,8 @@ class LeakyIntegrator(layers.Layer):
     def build(self, input_shape):
         self.units = input_shape[-1]
         if self.learn_beta:
-            self.decay = self.add_weight(
-                (), initializers.Constant(self.beta), name="beta"
-            )
+            initializer = initializers.Constant(self.beta)
+            self.decay = self.add_weight((), initializer, name="beta")
 
     def initial_state(self, batch_size):
         """[membranes], at rest."""
@@ -69,8 +68,7 @@ class LeakyIntegrator(layers.Layer):
 
     def step(self, currents, state):
         """(batch, units), [membranes] -> (membranes, [membranes])."""
-        (membranes,) = state
-        membranes = self._decay() * membranes + ops.cast(currents, "float32")
+        membranes = self._leak() * state[0] + ops.cast(currents, "float32")
         return membranes, [membranes]
 
     def call(self, currents, initial_state=None):
@@ -78,7 +76,8 @@ class LeakyIntegrator(layers.Layer):
         membranes, _ = step_scan(self.step, ops.cast(currents, "float32"), state)
         return ops.cast(membranes, currents.dtype)
 
-    def _decay(self):
+    def _leak(self):
+        """β, a number or a weight."""
         if not self.learn_beta:
             return self.beta
         return ops.clip(ops.cast(self.decay, "float32"), 0.0, 1.0)
@@ -88,7 +87,7 @@ class LeakyIntegrator(layers.Layer):
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
-class LIFSpike(Composite):
+class LIFSpike(LeakyIntegrator):
     """Currents (batch, time, units) -> spikes, 0 or 1, of the same shape. Causal.
 
     U[t] = β U[t-1] + I[t] - S[t-1] θ ("subtract"), β (1 - S[t-1]) U[t-1] + I[t]
@@ -123,24 +122,18 @@ class LIFSpike(Composite):
         return_membranes=False,
         **kwargs,
     ):
-        super().__init__(**kwargs)
-        self.beta, self.threshold = beta, threshold
+        super().__init__(beta, learn_beta, **kwargs)
+        self.threshold, self.learn_threshold = threshold, learn_threshold
         self.reset, self.reset_delay = reset, reset_delay
         self.surrogate, self.surrogate_slope = surrogate, surrogate_slope
-        self.learn_beta, self.learn_threshold = learn_beta, learn_threshold
         self.detach_reset, self.recurrent = detach_reset, recurrent
         self.return_membranes = return_membranes
 
     def build(self, input_shape):
-        self.units = input_shape[-1]
-        if self.learn_beta:
-            self.decay = self.add_weight(
-                (), initializers.Constant(self.beta), name="beta"
-            )
+        super().build(input_shape)
         if self.learn_threshold:
-            self.level = self.add_weight(
-                (), initializers.Constant(self.threshold), name="threshold"
-            )
+            initializer = initializers.Constant(self.threshold)
+            self.level = self.add_weight((), initializer, name="threshold")
         if self.recurrent:
             self.feedback = layers.Dense(
                 self.units, use_bias=False, dtype=self.dtype_policy, name="feedback"
@@ -154,31 +147,18 @@ class LIFSpike(Composite):
     def step(self, currents, state):
         """(batch, units), state -> (spikes, state)."""
         membranes, before = state
-        beta, threshold = self._parameters()
+        leak, threshold = self._leak(), self._level()
         currents = ops.cast(currents, "float32")
         if self.recurrent:
             currents = currents + ops.cast(self.feedback(before), "float32")
         if self.reset_delay:
-            membranes = self._after(before, membranes, beta, threshold) + currents
+            membranes = self._after(before, leak, membranes, threshold) + currents
             spikes = self._fire(membranes - threshold)
         else:
-            membranes = beta * membranes + currents
+            membranes = leak * membranes + currents
             spikes = self._fire(membranes - threshold)
-            membranes = self._after(spikes, membranes, 1.0, threshold)
+            membranes = self._after(spikes, 1.0, membranes, threshold)
         return spikes, [membranes, spikes]
-
-    def _after(self, spikes, membranes, beta, threshold):
-        """The membranes, leaked by β, after the reset by `spikes`."""
-        if self.detach_reset:
-            spikes = ops.stop_gradient(spikes)
-        if self.reset == "subtract":
-            return beta * membranes - spikes * threshold
-        if self.reset == "zero":
-            return beta * (membranes * (1.0 - spikes))
-        return beta * membranes
-
-    def _fire(self, above):
-        return spike(above, self.surrogate, self.surrogate_slope)
 
     def call(self, currents, initial_state=None):
         state = initial_state or self.initial_state(ops.shape(currents)[0])
@@ -191,14 +171,24 @@ class LIFSpike(Composite):
         spikes, membranes = ops.split(ops.cast(both, currents.dtype), 2, axis=-1)
         return (spikes, membranes) if self.return_membranes else spikes
 
-    def _parameters(self):
-        """(β, θ): numbers, or weights in float32."""
-        beta, threshold = self.beta, self.threshold
-        if self.learn_beta:
-            beta = ops.clip(ops.cast(self.decay, "float32"), 0.0, 1.0)
-        if self.learn_threshold:
-            threshold = ops.cast(self.level, "float32")
-        return beta, threshold
+    def _level(self):
+        """θ, a number or a weight."""
+        if not self.learn_threshold:
+            return self.threshold
+        return ops.cast(self.level, "float32")
+
+    def _after(self, spikes, leak, membranes, threshold):
+        """What leak and reset leave of the membranes."""
+        if self.detach_reset:
+            spikes = ops.stop_gradient(spikes)
+        if self.reset == "subtract":
+            return leak * membranes - spikes * threshold
+        if self.reset == "zero":
+            return leak * ((1.0 - spikes) * membranes)
+        return leak * membranes
+
+    def _fire(self, above):
+        return spike(above, self.surrogate, self.surrogate_slope)
 
     def compute_output_shape(self, currents_shape, initial_state_shape=None):
         shape = tuple(currents_shape)

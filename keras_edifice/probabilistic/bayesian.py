@@ -165,7 +165,7 @@ class BayesianDense(layers.Layer):
         return (self.kl(above) + self.kl(below)) / 2.0
 
     def _log_ratio(self, posterior, noise):
-        """log q(w) - log P(w), summed, at w = μ + σ ε."""
+        """Log q(w) - log P(w), summed, at w = μ + σ ε."""
         mu, sigma = posterior
         log_q = -ops.log(sigma) - 0.5 * math.log(2.0 * math.pi) - 0.5 * noise**2
         mixture = self.prior_pi, self.prior_sigma1, self.prior_sigma2
@@ -239,14 +239,15 @@ class BayesianDense(layers.Layer):
         seen = ops.cast(self.examples_seen, "float32")
         full = ops.cast(self.batch_size, "float32")
         full = ops.where(seen < 0.5, size, full)  # the last minibatch may be smaller
-        self.batch_size.assign(full)
-        after = seen + size
-        self.examples_seen.assign(ops.where(after < num_examples, after, 0.0))
-        number = ops.ceil(num_examples / full)
-        place = seen / full + 1.0
+        number, place = ops.ceil(num_examples / full), seen / full + 1.0
         # 2^(M-i) / (2^M - 1) = 2^-i / (1 - 2^-M), and M times that has the mean one.
         share = ops.exp(-place * math.log(2.0))
-        return factor * number * share / (1.0 - ops.exp(-number * math.log(2.0)))
+        share = share / (1.0 - ops.exp(-number * math.log(2.0)))
+        after = seen + size
+        after = ops.where(after < num_examples, after, 0.0)
+        self.batch_size.assign(full)
+        self.examples_seen.assign(after)
+        return factor * number * share
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.units)

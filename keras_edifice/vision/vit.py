@@ -1,25 +1,22 @@
 """Vision Transformer: an image as a sequence of patches.
 
-    z_0 = [class; E patch_1; ...; E patch_N] + positions            (eq. 1)
-    z'  = z + MSA(LN(z)),    z = z' + MLP(LN(z'))                   (eq. 2, 3)
-    y   = LN(z_L)[class]                                            (eq. 4)
+z_0 = [class; E patch_1; ...; E patch_N] + positions            (eq. 1)
+z'  = z + MSA(LN(z)),    z = z' + MLP(LN(z'))                   (eq. 2, 3)
+y   = LN(z_L)[class]                                            (eq. 4)
 """
 
 from typing import Literal
 
 from keras import layers
 
-from keras_edifice.blocks.channel_mlp import ChannelMLP
 from keras_edifice.blocks.class_token import ClassToken
-from keras_edifice.blocks.drop_path import drop_path_rates
+from keras_edifice.blocks.encoder import encoder
 from keras_edifice.blocks.heads import class_scores
 from keras_edifice.blocks.images import image_input, stage_maps
 from keras_edifice.blocks.initializers import matrix_initializer
 from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.blocks.patch_embed import PatchEmbed
 from keras_edifice.blocks.position_table import PositionTable
-from keras_edifice.blocks.pre_norm import pre_norm_residual
-from keras_edifice.blocks.self_attention import SelfAttention
 from keras_edifice.model import EdificeModel
 from keras_edifice.options import Activation, Positive, Rate, Size
 from keras_edifice.registry import architecture
@@ -42,11 +39,10 @@ _VARIANTS = {  # table 1; Ti and S as Touvron et al. 2020 (arXiv:2012.12877) nam
     "b16_384": _size(768, 12, 12, 16, 384),
     "l16_384": _size(1024, 24, 16, 16, 384),
 }
-_EPSILON = 1e-6
 
 
 def _summary(tokens, pool, representation_size):
-    """The token of the class, or the mean of the patches, and the pre-training head."""
+    """The class token, or the mean of the patches, and the pre-training head."""
     if pool == "cls":
         x = tokens[:, 0]
     else:
@@ -54,6 +50,12 @@ def _summary(tokens, pool, representation_size):
     if representation_size is not None:
         x = layers.Dense(representation_size, activation="tanh", name="pre_logits")(x)
     return x
+
+
+def _scores(features, num_classes, activation, initializer):
+    """The head; beside "xavier" it starts at zero, as in the authors' code."""
+    start = "zeros" if initializer == "xavier" else matrix_initializer(initializer)
+    return class_scores(features, num_classes, activation, kernel_initializer=start)
 
 
 @architecture(
@@ -129,32 +131,23 @@ def vit(
     x = PositionTable([side, side], learned=pos_embed == "learned", name="positions")(x)
     if dropout:
         x = layers.Dropout(dropout, name="positions_dropout")(x)
-    for i, rate in enumerate(drop_path_rates(drop_path, num_layers)):
-        branches = (
-            SelfAttention(
-                num_heads,
-                qkv_bias,
-                attention_dropout,
-                initializer,
-                name=f"block{i + 1}_attention",
-            ),
-            ChannelMLP(
-                int(mlp_ratio * embed_size), dropout, initializer, name=f"block{i + 1}_mlp"
-            ),
-        )
-        for branch in branches:
-            x = pre_norm_residual(
-                x, branch, epsilon=_EPSILON, dropout=dropout, drop_path=rate
-            )
-    x = LayerNorm(_EPSILON, name="norm")(x)
+    x = encoder(
+        x,
+        num_layers,
+        num_heads,
+        mlp_ratio=mlp_ratio,
+        qkv_bias=qkv_bias,
+        initializer=initializer,
+        dropout=dropout,
+        attention_dropout=attention_dropout,
+        drop_path=drop_path,
+    )
+    x = LayerNorm(1e-6, name="norm")(x)
     if features_only:
         grid = layers.Reshape((side, side, embed_size), name="map")(x[:, 1:])
         x = stage_maps({patch_size: grid})
     elif not return_sequences:
         x = _summary(x, pool, representation_size)
         if num_classes is not None:
-            start = "zeros" if initializer == "xavier" else matrix_initializer(initializer)
-            x = class_scores(
-                x, num_classes, classifier_activation, kernel_initializer=start
-            )
+            x = _scores(x, num_classes, classifier_activation, initializer)
     return EdificeModel(inputs, x, name="vit")

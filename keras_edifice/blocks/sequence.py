@@ -1,0 +1,124 @@
+"""What sequence models share: the input, the residual branch and the read-out.
+
+    x_0 = W u,    x_l = x_{l-1} + dropout(mixer(norm(x_{l-1}))),    y = pool(norm(x_L))
+
+A mask that comes with the input (a `Masking` layer before the model, or `mask=` in
+the call) travels along, and the read-out leaves masked steps out.
+"""
+
+import keras
+from keras import Input, layers, ops
+
+from keras_edifice.blocks.rms_norm import RMSNorm
+from keras_edifice.model import EdificeModel
+
+
+def sequence_input(window_size, embed_size, hidden_size=None):
+    """The input of a sequence model, and the stream that its layers work on.
+
+    Args:
+        window_size: steps of the input, None for any number.
+        embed_size: features of each step.
+        hidden_size: width of the stream, reached by a linear map where it differs;
+            None for the input itself.
+
+    Returns:
+        (the input, the stream), both (batch, window_size, features), symbolic.
+    """
+    inputs = Input((window_size, embed_size), name="inputs")
+    if hidden_size in (None, embed_size):
+        return inputs, inputs
+    return inputs, layers.Dense(hidden_size, use_bias=False, name="embed")(inputs)
+
+
+def residual(x, mixer, norm=RMSNorm, epsilon=1e-5, dropout=0.0):
+    """A branch added: x + dropout(mixer(norm(x))), symbolic. Named after the mixer.
+
+    Args:
+        x: a symbolic tensor.
+        mixer: a layer that keeps the shape.
+        norm: class of the normalisation, RMSNorm or LayerNorm.
+        epsilon: of the normalisation.
+        dropout: rate on the mixer's output.
+    """
+    y = mixer(norm(epsilon, name=f"{mixer.name}_norm")(x))
+    if dropout:
+        y = layers.Dropout(dropout, name=f"{mixer.name}_dropout")(y)
+    return layers.Add(name=f"{mixer.name}_add")([x, y])
+
+
+def read_out(x, return_sequences=False, pool="last"):
+    """Every step, or one vector for the sequence, symbolic."""
+    return x if return_sequences else SequencePool(pool, name="pool")(x)
+
+
+def sequence_model(inputs, x, return_sequences=False, pool="last", name=None):
+    """The model from an input to the read-out of a stream.
+
+    Args:
+        inputs: of `sequence_input`.
+        x: (batch, time, features), symbolic, normalised where the paper does.
+        return_sequences: give every step instead of one vector.
+        pool: "last" or "mean", how the steps become one vector.
+        name: of the architecture.
+    """
+    return EdificeModel(inputs, read_out(x, return_sequences, pool), name=name)
+
+
+@keras.saving.register_keras_serializable("keras_edifice")
+class SequencePool(layers.Layer):
+    """(batch, time, features) -> (batch, features). Blind to masked steps.
+
+    A sequence without a valid step gives zeros. Streamed, the output at each step is
+    that of the sequence so far.
+
+    Args:
+        pool: "last" valid step, or "mean" over the valid steps, taken in float32.
+
+    Raises:
+        ValueError: `pool` is neither.
+    """
+
+    def __init__(self, pool="last", **kwargs):
+        super().__init__(**kwargs)
+        if pool not in ("last", "mean"):
+            raise ValueError(f"pool must be one of 'last', 'mean', received {pool!r}")
+        self.pool = pool
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        self.features = input_shape[-1]
+
+    def call(self, x, mask=None):
+        if mask is None:
+            if self.pool == "last":
+                return x[:, -1]
+            mask = ops.ones_like(x[:, :, 0], dtype="bool")
+        valid = ops.cast(mask, "float32")  # (b, t)
+        count = ops.sum(valid, axis=1, keepdims=True)
+        if self.pool == "last":  # no gather: exporters take this one
+            mask = ops.logical_and(mask, ops.cumsum(valid, axis=1) >= count)
+        chosen = ops.where(ops.expand_dims(mask, -1), x, ops.zeros_like(x))
+        if self.pool == "last":
+            return ops.sum(chosen, axis=1)
+        total = ops.sum(ops.cast(chosen, "float32"), axis=1)
+        return ops.cast(total / ops.maximum(count, 1.0), x.dtype)
+
+    def compute_mask(self, x, mask=None):
+        return None
+
+    def initial_state(self, batch_size):
+        """Sum and number of the steps so far; nothing for "last"."""
+        if self.pool == "last":
+            return ()
+        return ops.zeros((batch_size, self.features)), ops.zeros((batch_size, 1))
+
+    def step(self, x_t, state):
+        """One step: (batch, features) and the state -> the output so far, the state."""
+        if self.pool == "last":
+            return x_t, ()
+        total, count = state[0] + ops.cast(x_t, "float32"), state[1] + 1.0
+        return ops.cast(total / count, x_t.dtype), (total, count)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape[0], input_shape[-1]

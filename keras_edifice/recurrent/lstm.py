@@ -1,0 +1,167 @@
+"""Long Short-Term Memory: a cell that gates decide to keep, write and read.
+
+    [i f g o] = x_t W + h_{t-1} U + b
+    c_t = σ(f) ⊙ c_{t-1} + σ(i) ⊙ tanh(g),    h_t = σ(o) ⊙ tanh(c_t)
+
+The forget gate is that of Gers et al. 2000, Learning to Forget, Neural Computation 12;
+its bias starts at one.
+"""
+
+from typing import Literal
+
+import keras
+from keras import layers, ops
+
+from keras_edifice.blocks.layer_norm import LayerNorm
+from keras_edifice.blocks.sequence import read_out, sequence_input
+from keras_edifice.model import EdificeModel
+from keras_edifice.options import Rate, Size
+from keras_edifice.registry import architecture
+
+
+@keras.saving.register_keras_serializable("keras_edifice")
+class LSTMLayer(layers.LSTM):
+    """Keras's LSTM, (batch, time, features) -> (batch, time, units), that streams.
+
+    The state is (h, c), each (batch, units). Masked steps leave it as it is.
+
+    Args:
+        units: width of the state.
+        truncate_bptt: the last steps, as a number, through whose states the gradient
+            runs; it stops at the state before them. None for all.
+        **kwargs: those of `keras.layers.LSTM`.
+
+    Raises:
+        ValueError: truncation of a sequence of unknown length, or from its end to its
+            beginning.
+    """
+
+    def __init__(self, units, truncate_bptt=None, **kwargs):
+        super().__init__(units, **kwargs)
+        self.truncate_bptt = truncate_bptt
+
+    def build(self, sequences_shape, initial_state_shape=None):
+        if self.truncate_bptt and sequences_shape[1] is None:
+            raise ValueError(
+                f"truncate_bptt={self.truncate_bptt} needs a known number of steps, "
+                "received None; pass window_size"
+            )
+        if self.truncate_bptt and self.go_backwards:
+            raise ValueError(
+                f"truncate_bptt={self.truncate_bptt} keeps the last steps, which a "
+                "layer that goes backwards takes first; pass bidirectional=False"
+            )
+        super().build(sequences_shape, initial_state_shape)
+
+    def inner_loop(self, sequences, initial_state, mask, training=False):
+        kept = self.truncate_bptt
+        if not kept or sequences.shape[1] <= kept:
+            return super().inner_loop(sequences, initial_state, mask, training)
+        if mask is not None:
+            early, late = mask[:, :-kept], mask[:, -kept:]
+        else:
+            early = late = None
+        _, before, state = super().inner_loop(
+            sequences[:, :-kept], initial_state, early, training
+        )
+        state = [ops.stop_gradient(part) for part in state]
+        last, after, state = super().inner_loop(
+            sequences[:, -kept:], state, late, training
+        )
+        if self.return_sequences:
+            after = ops.concatenate([before, after], axis=1)
+        return last, after, state
+
+    def initial_state(self, batch_size):
+        """(h, c) before the first step: zeros."""
+        return tuple(self.get_initial_state(batch_size))
+
+    def step(self, x_t, state):
+        """One step: (batch, features) and (h, c) -> (batch, units) and (h, c)."""
+        h, state = self.cell(x_t, list(state), training=False)
+        return h, tuple(state)
+
+    def get_config(self):
+        return {**super().get_config(), "truncate_bptt": self.truncate_bptt}
+
+
+@architecture(
+    paper="Hochreiter & Schmidhuber 1997, Long Short-Term Memory, "
+    "Neural Computation 9(8)",
+    kind="sequence",
+    inputs="(batch, window_size, embed_size)",
+    outputs="(batch, hidden_size)",
+    causal=True,
+    streaming=True,
+    tiny=dict(
+        embed_size=3,
+        hidden_size=5,
+        num_layers=2,
+        dropout=0.1,
+        use_layer_norm=True,
+        window_size=7,
+    ),
+)
+def lstm(
+    *,
+    embed_size: Size,
+    hidden_size: Size = 256,
+    num_layers: Size = 1,
+    dropout: Rate = 0.0,
+    recurrent_dropout: Rate = 0.0,
+    bidirectional: bool = False,
+    truncate_bptt: Size | None = None,
+    input_layer_norm: bool = False,
+    use_layer_norm: bool = False,
+    return_sequences: bool = False,
+    pool: Literal["last", "mean"] | None = None,
+    return_state: bool = False,
+    window_size: Size | None = 60,
+) -> EdificeModel:
+    """LSTM layers, each on the whole output sequence of the one before.
+
+    Args:
+        embed_size: features of each step.
+        hidden_size: width of the state of each layer, and direction.
+        num_layers: number of layers.
+        dropout: rate between layers, in training.
+        recurrent_dropout: rate on the state h_{t-1}, in training, the same units at
+            every step; it forgoes the fused kernels.
+        bidirectional: a second LSTM per layer goes from the end to the beginning; the
+            outputs stand side by side, 2 hidden_size wide.
+        truncate_bptt: stop the gradient at the state this many steps before the end;
+            None for no stop.
+        input_layer_norm: normalise the input.
+        use_layer_norm: normalise the output of each layer.
+        return_sequences: give every step, (batch, window_size, hidden_size).
+        pool: how the steps become one vector, by the last or by their mean; None for
+            the last, for the mean if bidirectional.
+        return_state: give a list of the output and of h and c of each layer, each
+            (batch, hidden_size), those of both directions if bidirectional.
+        window_size: steps of the input, None for any number.
+    """
+    inputs, x = sequence_input(window_size, embed_size)
+    if input_layer_norm:
+        x = LayerNorm(1e-6, name="input_norm")(x)
+    states = []
+    for i in range(num_layers):
+        if i and dropout:
+            x = layers.Dropout(dropout, name=f"dropout_{i}")(x)
+        layer = LSTMLayer(
+            hidden_size,
+            truncate_bptt=truncate_bptt,
+            recurrent_dropout=recurrent_dropout,
+            return_sequences=True,
+            return_state=return_state,
+            name=f"lstm_{i}",
+        )
+        if bidirectional:
+            layer = layers.Bidirectional(layer, name=f"bidirectional_{i}")
+        x = layer(x)
+        if return_state:
+            x, *state = x
+            states += state
+        if use_layer_norm:
+            x = LayerNorm(1e-6, name=f"norm_{i}")(x)
+    x = read_out(x, return_sequences, pool or ("mean" if bidirectional else "last"))
+    return EdificeModel(inputs, [x, *states] if return_state else x, name="lstm")
