@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.progress import (
@@ -424,18 +425,26 @@ def _table(*columns):
 
 
 def _show(out, outcome):
+    """The table; where the screen is narrow, the notes of its rows below it."""
     cells = outcome.cells()
-    shown = [*range(7), *([7] if any(row[7] for row in cells) else [])]
-    table = Table(header_style="bold")
-    for i in shown:
+    remarks = [(row[1], row[7]) for row in cells if row[7]]
+    inside = bool(remarks) and out.width >= 140
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, name in enumerate(outcome.HEADER[: 8 if inside else 7]):
         right = i in (0, 3, 4, 5, 6)
         table.add_column(
-            outcome.HEADER[i], justify="right" if right else "left", overflow="fold"
+            name,
+            justify="right" if right else "left",
+            overflow="fold",
+            min_width=max(map(len, name.split())),
+            no_wrap=i == 2,
         )
     for row, line in zip(outcome.rows, cells, strict=True):
-        table.add_row(*(line[i] for i in shown), style="red" if row.error else None)
+        table.add_row(*line[: len(table.columns)], style="red" if row.error else None)
     out.print(outcome.headline, soft_wrap=True)
     out.print(table)
+    for name, remark in [] if inside else remarks:
+        out.print(f"{name}: {remark}", soft_wrap=True)
     for note in outcome.notes:
         out.print(note, soft_wrap=True)
 

@@ -49,6 +49,9 @@ class EdificeModel(keras.Model):
         self._check_shapes(inputs)
         return super().__call__(inputs, *args, **kwargs)
 
+    def compute_mask(self, inputs, previous_mask=None):
+        return None  # a mask travels through the layers, which mark the outputs
+
     def stateless_call(self, trainable, non_trainable, inputs, *args, **kwargs):
         self._check_shapes(inputs)  # `fit` and `predict` come this way on JAX
         return super().stateless_call(trainable, non_trainable, inputs, *args, **kwargs)

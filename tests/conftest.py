@@ -2,7 +2,7 @@
 
 import re
 
-CONFORMANCE = re.compile(r"test_conformance\.py::test_(\w+)\[(\w+)\]")
+CONFORMANCE = re.compile(r"test_conformance\.py::test_(\w+)\[(?:\w+-)?(\w+)\]")
 MARKS = {"passed": "+", "failed": "FAIL", "skipped": "skip", "error": "FAIL"}
 
 
@@ -15,7 +15,8 @@ def pytest_terminal_summary(terminalreporter):
             if found:
                 check, architecture = found.groups()
                 checks.setdefault(check, None)
-                cells[architecture, check] = mark
+                if cells.get((architecture, check)) != "FAIL":
+                    cells[architecture, check] = mark
     if not cells:
         return
     write = terminalreporter.write_line

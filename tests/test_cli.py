@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import keras_edifice
 from keras_edifice.backends import selection
 from keras_edifice.commands import app
+from keras_edifice.comparison import contest
 
 SMALL = "mlp:hidden_sizes=[8]"
 
@@ -25,6 +26,18 @@ def run(tmp_path, monkeypatch):
         return result
 
     return invoke
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Contenders end at once, with a result."""
+
+    def measure(model, row, *rest):
+        row.accuracy, row.parameters = 0.5, 7
+
+    monkeypatch.setattr(contest, "_train", lambda *_: None)
+    monkeypatch.setattr(contest, "_measure", measure)
+    monkeypatch.setattr(contest, "progress_line", lambda row: f"{row.label}: done")
 
 
 def process(*arguments, cwd, **environment):
@@ -52,7 +65,7 @@ def test_compare_prints_the_table_and_writes_the_report(run, tmp_path):
     assert page.startswith("<!DOCTYPE html>")
 
 
-def test_compare_in_json_prints_json_and_nothing_else(run, tmp_path):
+def test_compare_in_json_prints_json_and_nothing_else(run, untrained, tmp_path):
     result = run("compare", "--architectures", SMALL, "--epochs", "1", "--json",
                  "--no-report", "--seed", "5")  # fmt: skip
     held = json.loads(result.stdout)
@@ -65,8 +78,9 @@ def test_compare_reads_a_table_and_says_what_it_did(run, tmp_path):
     lines = ["colour,size,label"]
     lines += [f"{('red', 'blue')[i % 2]},{i},{'ab'[i % 2]}" for i in range(40)]
     (tmp_path / "table.csv").write_text("\n".join(lines))
-    result = run("compare", "--data", "table.csv", "--target", "label",
-                 "--architectures", SMALL, "--epochs", "2", "--report", "r.html")  # fmt: skip
+    arguments = ["compare", "--data", "table.csv", "--target", "label"]
+    arguments += ["--architectures", SMALL, "--epochs", "2", "--report", "r.html"]
+    result = run(*arguments)
     assert "text column colour one-hot encoded: 2 categories" in result.stdout
     assert "features standardised" in result.stdout
     assert (tmp_path / "r.html").exists()
@@ -191,7 +205,9 @@ def test_doctor_says_what_a_missing_part_costs(run, monkeypatch):
     assert selection.install_command("report") in shown
 
 
-def test_compare_runs_without_the_charting_library(run, tmp_path, monkeypatch):
+def test_compare_runs_without_the_charting_library(
+    run, untrained, tmp_path, monkeypatch
+):
     monkeypatch.setattr(
         "keras_edifice.comparison.report.report_problem", lambda: "altair is missing"
     )

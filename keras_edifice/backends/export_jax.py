@@ -1,5 +1,7 @@
 """Exports and results of a model while JAX is the backend."""
 
+import functools
+
 import jax
 import keras
 import numpy as np
@@ -49,10 +51,17 @@ def jax2onnx(model, path):
     )
 
 
+# The few runs of a check are shorter than the passes that would make them faster.
+_QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+
 def predict(model, batches):
     """Outputs of the model, flat, for each batch of inputs."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=_QUICK)
     def call(trainable, state, inputs):
         return model.stateless_call(trainable, state, inputs, training=False)
 

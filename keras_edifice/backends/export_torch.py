@@ -1,9 +1,12 @@
 """Exports and results of a model while PyTorch is the backend."""
 
+import contextlib
+
 import keras
 import torch
 
 from keras_edifice.backends.signature import shapes
+from keras_edifice.ops.tracing import exporting
 from keras_edifice.samples import sample_inputs
 
 
@@ -19,9 +22,34 @@ class _Flat(torch.nn.Module):
         return tuple(keras.tree.flatten(self.model(packed, training=False)))
 
 
+_CustomGradient = type(keras.ops.custom_gradient(lambda x: (x, lambda g: g)))
+
+
+@contextlib.contextmanager
+def _forward_only():
+    """Operations with a gradient of their own become what they compute.
+
+    Exporters cannot look into them otherwise. Other threads keep their gradients.
+    """
+    with_gradient = _CustomGradient.__call__
+
+    def call(self, *args, **kwargs):
+        if exporting():
+            return self.forward_fn(*args, **kwargs)[0]
+        return with_gradient(self, *args, **kwargs)
+
+    _CustomGradient.__call__ = call
+    try:
+        yield
+    finally:
+        _CustomGradient.__call__ = with_gradient
+
+
+@_forward_only()
 def torchscript(model, path):
     """Writes ONNX by tracing. Sizes that the model reads as numbers are frozen."""
     names = [x.name for x in model.inputs]
+    torch.onnx.register_custom_op_symbolic("aten::ravel", _ravel, opset_version=9)
     torch.onnx.export(
         _Flat(model),
         _example(model),
@@ -35,6 +63,7 @@ def torchscript(model, path):
     )
 
 
+@_forward_only()
 def dynamo(model, path):
     """Writes ONNX by `torch.export`. Slower; takes operators that tracing does not."""
     dims = {}
@@ -64,6 +93,12 @@ def predict(model, batches):
             outputs = keras.tree.flatten(model(x, training=False))
             results.append([keras.ops.convert_to_numpy(y) for y in outputs])
     return results
+
+
+def _ravel(graph, x):
+    """What tracing writes for `torch.ravel`, which is inside `keras.ops.take`."""
+    flat = graph.op("Constant", value_t=torch.tensor([-1]))
+    return graph.op("Reshape", x, flat)
 
 
 def _example(model):

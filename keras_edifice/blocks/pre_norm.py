@@ -7,7 +7,7 @@ from keras_edifice.blocks.layer_norm import LayerNorm
 
 
 def pre_norm_residual(x, branch, *, epsilon=1e-6, dropout=0.0, drop_path=0.0):
-    """x + branch(LN(x)), symbolic; the names of the layers begin with the branch's.
+    """Gives x + branch(LN(x)), symbolic; names of layers begin with the branch's.
 
     Args:
         x: a symbolic tensor.

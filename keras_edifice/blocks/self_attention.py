@@ -1,6 +1,7 @@
 """Multi-head self-attention, every token with every token.
 
-    [Q, K, V] = X W + b,    head_i = softmax(Q_i K_iᵀ / √d) V_i,    Y = [head_1, ...] W_o
+    [Q, K, V] = X W + b
+    head_i = softmax(Q_i K_iᵀ / √d) V_i,    Y = [head_1, ..., head_h] W_o + b_o
 
 Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762, section 3.2, with the
 three projections in one matrix.

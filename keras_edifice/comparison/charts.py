@@ -143,7 +143,7 @@ def _scatter(alt, data):
             ),
             tooltip=["class:N", "part:N", "x:Q", "y:Q"],
         )
-        .properties(width=WIDTH - 250, height=430)
+        .properties(width=WIDTH - 190, height=460)
     )
     shown = "" if len(chosen) == len(points) else f", {len(chosen)} of them drawn"
     caption = (
@@ -215,13 +215,8 @@ def _facets(alt, rows, colour, values, y):
             .axis(format="d", tickMinStep=1, tickCount=5),
             y,
             colour,
-            alt.StrokeDash("part:N", title="part")
-            .scale(domain=["test", "training"], range=[[1, 0], [4, 3]])
-            .legend(
-                orient="top",
-                symbolType="stroke",
-                symbolSize=500,
-                symbolStrokeColor="#3d4853",
+            alt.StrokeDash("part:N", legend=None).scale(
+                domain=["test", "training"], range=[[1, 0], [4, 3]]
             ),
             tooltip=["architecture:N", "part:N", "epoch:Q", "value:Q"],
         )
@@ -344,8 +339,8 @@ def _regions(alt, rows, data):
     x_title, y_title = _axis_titles(data)
     panels = [
         _region(alt, row, data, edges, x_title, y_title).properties(
-            width=(WIDTH - 300) // 2,
-            height=290,
+            width=(WIDTH - 150) // 2,
+            height=330,
             title=alt.Title(
                 f"{row.rank}. {row.label}", subtitle=f"{100 * row.accuracy:.1f} %"
             ),
@@ -403,7 +398,7 @@ def _region(alt, row, data, edges, x_title, y_title):
         .encode(
             alt.X("x:Q", **xs),
             alt.Y("y:Q", **ys),
-            alt.Color("class:N", title="class", scale=scale),
+            alt.Color("class:N", title="class", scale=scale).legend(orient="top"),
             stroke=alt.condition("datum.wrong", alt.value("black"), alt.value("white")),
             strokeWidth=alt.condition("datum.wrong", alt.value(1.8), alt.value(0.6)),
             tooltip=["class:N", "predicted:N", "x:Q", "y:Q"],
@@ -419,7 +414,7 @@ def _classes(model, x):
 
 def _runs(predicted, edges, classes):
     """Rectangles of equal class: neighbours in a row of the grid become one."""
-    found = []
+    found, overlap = [], 0.3 * (edges[1, 1] - edges[0, 1])  # hides seams between rows
     for i, line in enumerate(predicted):
         bounds = [0, *(np.flatnonzero(np.diff(line)) + 1), len(line)]
         for start, end in zip(bounds[:-1], bounds[1:], strict=True):
@@ -428,7 +423,7 @@ def _runs(predicted, edges, classes):
                     "a": round(float(edges[start, 0]), 4),
                     "b": round(float(edges[end, 0]), 4),
                     "c": round(float(edges[i, 1]), 4),
-                    "d": round(float(edges[i + 1, 1]), 4),
+                    "d": round(float(min(edges[i + 1, 1] + overlap, edges[-1, 1])), 4),
                     "class": classes[line[start]],
                 }
             )

@@ -23,8 +23,8 @@ ORIGINAL = {
 
 DEFAULTS = {
     "vector": tuple(ORIGINAL),
-    "image": tuple(ORIGINAL),
-    "sequence": ("lstm", "gru", "tcn", "mamba"),
+    "image": (*ORIGINAL, "resnet", "vit"),
+    "sequence": ("lstm", "mamba"),
 }
 """Kind of the data -> the contenders if none are named."""
 
@@ -34,6 +34,9 @@ SMALL = {
     "image": dict(embed_size=64, num_layers=2, num_heads=4, patch_size=2),
 }
 """Kind of the architecture -> sizes that train in seconds, for options it has."""
+
+COMPACT = {"resnet": dict(hidden_size=16, stem="cifar")}
+"""Architecture -> what it needs beside `SMALL` to train in seconds."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,8 @@ def fitting_options(entry: Architecture, data: Data, given: Mapping) -> dict:
             f"{data.name} has one"
         )
     x, _ = data.view(entry.kind)
-    defaults = ORIGINAL.get(entry.name) or SMALL.get(entry.kind, {})
-    if "variant" in given:
-        defaults = {}
+    defaults = {**SMALL.get(entry.kind, {}), **COMPACT.get(entry.name, {})}
+    defaults = {} if "variant" in given else ORIGINAL.get(entry.name, defaults)
     sizes = _input_sizes(entry, x.shape[1:])
     known = {name: value for name, value in defaults.items() if name in entry.options}
     return {**known, **sizes, **given}

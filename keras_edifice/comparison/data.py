@@ -294,8 +294,8 @@ def _encode_classes(values, where):
     fractions = numeric and (found != np.round(found)).any() and len(found) > 20
     if fractions or len(found) > min(MOST_CLASSES, len(values) / 2):
         raise ValueError(
-            f"{where} holds {len(found)} different values in {len(values)} examples, "
-            "which is a quantity and not a class; choose a column of classes"
+            f"{where} holds {len(found)} different values in {len(values)} examples: "
+            "a quantity or a name, not a class; choose one that holds classes"
         )
     whole = numeric and (found == np.round(found)).all()
     return labels, [str(int(v)) if whole else str(v) for v in found]

@@ -70,51 +70,57 @@ def langevin(
     return ops.fori_loop(0, noise.shape[0], step, ops.stop_gradient(x))
 
 
-def _spectral_kernel(kernel, u, bound):
-    """The kernel divided by its largest singular value, and the next u.
-
-    One power iteration of the kernel as a matrix of (inputs, outputs). `bound` leaves
-    values below one as they are, up to a constant.
-    """
-    kernel = ops.cast(kernel, "float32")
-    matrix = ops.reshape(kernel, (-1, kernel.shape[-1]))
-    fixed = ops.stop_gradient(matrix)
-    v = _unit(ops.matmul(fixed, ops.cast(u, "float32")))
-    u = _unit(ops.matmul(v, fixed))
-    sigma = ops.sum(v * ops.matmul(matrix, u))
-    if bound:
-        return kernel / (sigma + 1e-6) * ops.minimum(sigma, 1.0), u
-    return kernel / sigma, u
-
-
 def _unit(x):
     return x * ops.rsqrt(ops.sum(ops.square(x)))
 
 
-@keras.saving.register_keras_serializable("keras_edifice")
-class SpectralDense(layers.Dense):
-    """(..., features) -> (..., units). The kernel has spectral norm one.
+class _Spectral:
+    """A layer whose kernel is divided by its largest singular value.
 
-    Miyato et al. 2018, arXiv:1802.05957. Each call makes one power iteration; training
-    keeps its vector.
+    Miyato et al. 2018, arXiv:1802.05957. The kernel is a matrix of (inputs, outputs).
+    Each call makes one power iteration; training keeps its vector u.
     """
 
     def build(self, input_shape):
         super().build(input_shape)
+        shape = (self.kernel.shape[-1],)
         self.u = self.add_weight(
-            (self.units,), "random_normal", trainable=False, name="u", autocast=False
+            shape, "random_normal", trainable=False, name="u", autocast=False
         )
 
-    def call(self, x, training=None):
-        kernel, u = _spectral_kernel(self.kernel, self.u, bound=False)
+    def normalized_kernel(self, training, bound=False):
+        """The divided kernel; `bound` leaves one with singular values below one."""
+        kernel = ops.cast(self.kernel, "float32")
+        matrix = ops.reshape(kernel, (-1, kernel.shape[-1]))
+        fixed = ops.stop_gradient(matrix)
+        v = _unit(ops.matmul(fixed, ops.cast(self.u, "float32")))
+        u = _unit(ops.matmul(v, fixed))
+        sigma = ops.sum(v * ops.matmul(matrix, u))
         if training:
             self.u.assign(u)
-        x = ops.matmul(x, ops.cast(kernel, x.dtype))
+        if bound:
+            return kernel / (sigma + 1e-6) * ops.minimum(sigma, 1.0)
+        return kernel / sigma
+
+    # Dense and Conv2D save their kernel and bias alone.
+    def save_own_variables(self, store):
+        layers.Layer.save_own_variables(self, store)
+
+    def load_own_variables(self, store):
+        layers.Layer.load_own_variables(self, store)
+
+
+@keras.saving.register_keras_serializable("keras_edifice")
+class SpectralDense(_Spectral, layers.Dense):
+    """(..., features) -> (..., units). The kernel has spectral norm one."""
+
+    def call(self, x, training=None):
+        x = ops.matmul(x, ops.cast(self.normalized_kernel(training), x.dtype))
         return self.activation(x + self.bias if self.use_bias else x)
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
-class SpectralConv2D(layers.Conv2D):
+class SpectralConv2D(_Spectral, layers.Conv2D):
     """(batch, height, width, channels) -> the same with `filters` channels.
 
     The kernel, as a matrix of (inputs, filters), has spectral norm one, or at most
@@ -130,16 +136,8 @@ class SpectralConv2D(layers.Conv2D):
         super().__init__(filters, kernel_size, **kwargs)
         self.bound = bound
 
-    def build(self, input_shape):
-        super().build(input_shape)
-        self.u = self.add_weight(
-            (self.filters,), "random_normal", trainable=False, name="u", autocast=False
-        )
-
     def call(self, x, training=None):
-        kernel, u = _spectral_kernel(self.kernel, self.u, self.bound)
-        if training:
-            self.u.assign(u)
+        kernel = self.normalized_kernel(training, self.bound)
         x = self.convolution_op(x, ops.cast(kernel, x.dtype))
         return self.activation(x + self.bias if self.use_bias else x)
 
@@ -209,7 +207,7 @@ class ReplayBuffer(layers.Layer):
         return keras.random.uniform(shape, self.low, self.high, "float32", seed)
 
     def draw(self, n, replay_prob):
-        """(n, ...): each a kept sample with `replay_prob`, if there is one, or noise."""
+        """(n, ...): kept samples with `replay_prob`, if there are any, else noise."""
         count = ops.convert_to_tensor(self.count)
         chosen = keras.random.uniform((n,), seed=self.seed_generator)
         chosen = ops.cast(chosen * ops.cast(count, "float32"), "int32")

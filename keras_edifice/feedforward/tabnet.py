@@ -104,8 +104,7 @@ class GhostBatchNorm(layers.Layer):
             chunks = ops.reshape(x, (self._num_chunks(x), -1, features))
             mean = ops.mean(chunks, axis=1, keepdims=True)  # (chunks, 1, features)
             variance = ops.mean(ops.square(chunks - mean), axis=1, keepdims=True)
-            self._track(self.moving_mean, mean[:, 0])
-            self._track(self.moving_variance, variance[:, 0])
+            self._track(mean[:, 0], variance[:, 0])
             y = (chunks - mean) * ops.rsqrt(variance + self.epsilon)
             y = ops.reshape(y, (-1, features))
         else:
@@ -123,13 +122,15 @@ class GhostBatchNorm(layers.Layer):
         divides = ops.cast(ops.equal(rows % size, 0), rows.dtype)
         return 1 + divides * (rows // size - 1)
 
-    def _track(self, moving, statistics):
+    def _track(self, mean, variance):
         """Moving <- momentum · moving + (1 - momentum) · new, chunk by chunk."""
-        ones = ops.ones_like(statistics[:, :1])
+        ones = ops.ones_like(mean[:, :1])
         later = ops.sum(ones) - ops.cumsum(ones, axis=0)  # chunks that still follow
         weights = (1.0 - self.momentum) * ops.power(self.momentum, later)
-        change = statistics - ops.cast(moving, "float32")
-        moving.assign_add(ops.sum(weights * change, axis=0))
+        moving = ((self.moving_mean, mean), (self.moving_variance, variance))
+        for weight, new in moving:
+            change = new - ops.cast(weight, "float32")
+            weight.assign_add(ops.sum(weights * change, axis=0))
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -45,8 +45,8 @@ class GaussianSample(layers.Layer):
         return self.draw(mean, log_var)
 
     def draw(self, mean, log_var):
-        """z = μ + σ ε."""
-        noise = keras.random.normal(ops.shape(mean), mean.dtype, seed=self.noise)
+        """Reparameterised draw z = μ + σ ε."""
+        noise = keras.random.normal(ops.shape(mean), dtype=mean.dtype, seed=self.noise)
         return mean + ops.exp(0.5 * log_var) * noise
 
     def warmup(self):
@@ -65,7 +65,8 @@ class VAE(EdificeModel):
     """Trains on -ELBO with `compile(optimizer)` and `fit(x)`.
 
     The log holds the mean of -log p(x|z) as "reconstruction" and that of the KL as
-    "kl". In `evaluate` z is the mean of q and β has its full weight.
+    "kl". In `evaluate` z is the mean of q and β has its full weight. Keras hands
+    a sample_weight on only beside targets: `fit(x, x, sample_weight=w)`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -75,16 +76,16 @@ class VAE(EdificeModel):
 
     @property
     def encoder(self) -> keras.Model:
-        """x -> {"mu", "log_var"}, (batch, latent_size) each."""
+        """The model x -> {"mu", "log_var"}, (batch, latent_size) each."""
         return self.get_layer("encoder")
 
     @property
     def decoder(self) -> keras.Model:
-        """z (batch, latent_size) -> mean of p(x|z), or logits if Bernoulli."""
+        """The model z (batch, latent_size) -> mean of p(x|z), or its logits."""
         return self.get_layer("decoder")
 
     def log_likelihood(self, x, reconstruction):
-        """log p(x|z), summed over features: (batch, ...) twice -> (batch,)."""
+        """Sum of log p(x|z) over features: (batch, ...) twice -> (batch,)."""
         x, mean = ops.cast(x, "float32"), ops.cast(reconstruction, "float32")
         if self.options["likelihood"] == "bernoulli":
             logs = x * mean - ops.softplus(mean)  # the mean is given as logits
@@ -156,7 +157,7 @@ class VAE(EdificeModel):
         return ops.convert_to_numpy(bound)
 
     def importance_bound(self, x, num_samples: int = 50, seed: int | None = None):
-        """log mean_k p(x, z_k) / q(z_k|x), never below the ELBO in expectation.
+        """Bound log mean_k p(x, z_k) / q(z_k|x), in expectation not below the ELBO.
 
         Burda et al. 2016, Importance Weighted Autoencoders, arXiv:1509.00519, eq. 8.
 

@@ -155,7 +155,10 @@ class SpikingNetwork(layers.Layer):
 
     def step(self, x, state):
         """Input current (batch, ...), states -> (output of this step, states)."""
-        outputs, *state = self.step_model([x, *state])
+        # Calling each layer's `call` itself makes a step several times faster where
+        # nothing compiles it, on PyTorch.
+        outputs = self.step_model._run_through_graph([x, *state], _bare_call)
+        outputs, *state = keras.tree.flatten(outputs)
         return outputs, state
 
     def call(self, x):
@@ -218,6 +221,10 @@ class SpikingNetwork(layers.Layer):
     def from_config(cls, config):
         step_model = keras.saving.deserialize_keras_object(config["step_model"])
         return cls(**{**config, "step_model": step_model})
+
+
+def _bare_call(layer):
+    return layer.quantized_call if layer.quantization_mode else layer.call
 
 
 def _nodes(model):
@@ -340,7 +347,7 @@ def _check_layer(layer, rank):
         reason = "the last axis must be the normalised one"
     if reason:
         raise ValueError(
-            f"{layer.name}, a {type(layer).__name__}, cannot be converted: {reason}"
+            f"{layer.name} ({type(layer).__name__}) cannot be converted: {reason}"
         )
 
 
@@ -406,7 +413,9 @@ def _with_scaled_input(nodes):
     if not any(n.kind == "relu" and groups[n] == groups[start] for n in nodes):
         return nodes
     channels = start.shape[-1]
-    unit = Node("scale", [start], start.shape, None, [np.ones(channels), 0.0])
+    unit = Node(
+        "scale", [start], start.shape, None, [np.ones(channels), np.zeros(channels)]
+    )
     for node in nodes:
         node.sources = [unit if source is start else source for source in node.sources]
     return [start, unit, *nodes[1:]]

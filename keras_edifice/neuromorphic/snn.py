@@ -303,7 +303,7 @@ def _silent_so_far(spikes):
     kind="vector",
     inputs="(batch, input_size)",
     outputs="(batch, output_size)",
-    tiny=dict(input_size=3, output_size=4, hidden_sizes=[9, 7], num_timesteps=6),
+    tiny=dict(input_size=3, output_size=4, hidden_sizes=[9, 7], num_timesteps=16),
 )
 def snn(
     *,

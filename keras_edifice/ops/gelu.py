@@ -12,7 +12,7 @@ _SQRT_HALF = 0.7071067811865476
 
 
 def gelu(x):
-    """x times the normal distribution function of x; any shape -> the same.
+    """Each x times the normal distribution function of x; any shape -> the same.
 
     TensorFlow's own gelu calls erfc, which ONNX lacks; JAX's erf cannot be read back
     from a SavedModel, its gelu can.

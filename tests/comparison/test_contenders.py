@@ -8,7 +8,7 @@ from keras_edifice.comparison.contenders import (
     split_outside,
 )
 from keras_edifice.comparison.data import load_data
-from keras_edifice.registry import info
+from keras_edifice.registry import info, list_architectures
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,18 @@ def test_the_sizes_of_images_go_to_the_options_that_the_input_names(digits):
     vit = fitting_options(info("vit"), digits, {})
     assert (vit["image_size"], vit["num_channels"]) == (8, 1)
     resnet = fitting_options(info("resnet"), digits, {})
-    assert resnet["input_channels"] == 1
+    assert (resnet["input_channels"], resnet["hidden_size"]) == (1, 16)
+
+
+def test_a_published_size_is_not_made_smaller(digits):
+    name, variant = next(
+        (name, next(iter(info(name).variants)))
+        for name in list_architectures(kind="image")
+        if info(name).variants
+    )
+    options = fitting_options(info(name), digits, {"variant": variant})
+    sizes = {"image_size", info(name).input_size_option}
+    assert set(options) == {"variant", *(sizes & set(info(name).options))}
 
 
 def test_images_that_are_not_square_are_refused():

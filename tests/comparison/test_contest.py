@@ -135,7 +135,23 @@ def test_the_table_shows_each_contender(outcome):
     assert outcome.table() in str(outcome)
 
 
-def test_progress_is_told_after_every_epoch_and_contender():
+@pytest.fixture
+def untrained(monkeypatch):
+    """Contenders report two epochs and a result without having run."""
+
+    def train(model, row, inputs, data, settings, steps):
+        for epoch in range(settings.epochs):
+            steps.epoch(row, epoch, {"loss": 1.0, "accuracy": 0.5})
+        row.training_seconds = 1.0
+
+    def measure(model, row, *rest):
+        row.accuracy, row.parameters = 0.5, 7
+
+    monkeypatch.setattr(contest, "_train", train)
+    monkeypatch.setattr(contest, "_measure", measure)
+
+
+def test_progress_is_told_after_every_epoch_and_contender(untrained):
     told = []
     compare(
         f"nope,{SMALL}",
@@ -152,12 +168,18 @@ def test_progress_is_told_after_every_epoch_and_contender():
     ]
 
 
-def test_without_a_terminal_there_is_a_line_for_each_contender(capsys):
-    compare(f"{SMALL},nope", epochs=1)
+def test_without_a_terminal_there_is_a_line_for_each_contender(untrained, capsys):
+    compare(f"{SMALL},nope", epochs=2)
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 2
-    assert "% of the test set" in lines[0]
+    assert lines[0] == f"{SMALL}: 50.0 % of the test set, 1.0 s"
     assert "nope: failed: unknown architecture" in lines[1]
+    assert len(lines) == 2
+
+
+def test_in_a_terminal_there_is_a_bar(untrained, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    compare(SMALL, epochs=2)
+    assert "2/2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -175,7 +197,7 @@ def test_settings_that_make_no_sense_are_refused(options, message):
 
 def test_digits_train_image_and_vector_architectures():
     outcome = compare(
-        "mlp,resnet:depth=18:hidden_size=4", data="digits", epochs=1, progress=False
+        "mlp,vit:num_layers=1:embed_size=16", data="digits", epochs=1, progress=False
     )
     assert not any(row.error for row in outcome.rows)
     mlp = next(row for row in outcome.rows if row.label == "mlp")

@@ -125,7 +125,7 @@ BAD_TABLES = {
     "a quantity": (
         ["a,price", *(f"{i},{i * 1.37}" for i in range(40))],
         "price",
-        "40 different values in 40 examples, which is a quantity",
+        "40 different values in 40 examples: a quantity or a name",
     ),
     "nothing to learn from": (
         ["label", *("xy"[i % 2] for i in range(20))],

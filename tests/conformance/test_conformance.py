@@ -14,13 +14,19 @@ from tests.support.shaking import shake
 BACKEND = keras.backend.backend()
 EXPORT_LIMIT = 1e-4
 
-every_architecture = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xdist_group(name))
-        for name in keras_edifice.list_architectures()
-    ],
-)
+
+def for_each(**facets):
+    """Runs a test for each architecture of these facets, each on one worker."""
+    names = keras_edifice.list_architectures(**facets)
+    group = pytest.mark.xdist_group
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=group(name)) for name in names]
+    )
+
+
+every_architecture = for_each()
+every_sequence = for_each(kind="sequence")
+every_causal = for_each(causal=True)
 
 
 def new_model(name, seed=1, **options):
@@ -233,13 +239,16 @@ def test_saved_model_agrees(name, tmp_path):
     assert (path / "saved_model.pb").exists()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xdist_group(name))
-        for name in keras_edifice.list_architectures(causal=True)
-    ],
-)
+@every_sequence
+@pytest.mark.parametrize("format", ["onnx", "saved_model"])
+def test_open_length_exports(name, format, tmp_path):
+    model = shake(new_model(name, window_size=None))
+    assert None in model.input_shape[1:]
+    path = tmp_path / "model.onnx"
+    assert keras_edifice.export(model, path, format) <= EXPORT_LIMIT
+
+
+@every_causal
 def test_causal_means_blind_to_the_future(name):
     model = shake(new_model(name, return_sequences=True))
     x = sample_inputs(model, length=9)

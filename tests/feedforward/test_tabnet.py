@@ -192,7 +192,7 @@ def test_relaxation_bounds_the_use_of_a_feature():
 
 
 def test_higher_relaxation_keeps_a_feature_in_use():
-    masks = masks_of_scores([4.0, 1.0, 0.0, 0.0, 0.0], 2.0)
+    masks = masks_of_scores([9.0, 1.0, 0.0, 0.0, 0.0], 2.0)
     assert_close(masks, np.eye(5)[[0, 0, 0]], 0)
 
 
@@ -341,6 +341,7 @@ def test_category_numbers_survive_half_precision():
             "tabnet",
             input_size=1,
             hidden_size=4,
+            num_steps=1,
             cat_idxs=[0],
             cat_dims=[300],
             pretraining_ratio=0.5,
@@ -449,14 +450,13 @@ def test_pretraining_learns_and_its_encoder_fits_a_classifier():
         num_steps=1,
         num_shared=1,
         num_independent=1,
-        virtual_batch_size=8,
     )
     model = keras_edifice.build("tabnet", pretraining_ratio=0.3, **common)
     first = batch(64, 2)
     x = np.concatenate([first, first + 0.1 * batch(64, 2)], -1)  # pairs tell each other
-    model.compile(keras.optimizers.Adam(2e-2))
-    losses = model.fit(x, epochs=12, batch_size=16, verbose=0).history["loss"]
-    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
+    model.compile(keras.optimizers.Adam(5e-2))
+    losses = model.fit(x, epochs=60, batch_size=64, verbose=0).history["loss"]
+    assert np.mean(losses[-6:]) < 0.7 * np.mean(losses[:6])
 
     network = keras_edifice.build("tabnet", num_classes=3, return_masks=True, **common)
     pretrained = model.get_layer("encoder")

@@ -15,9 +15,16 @@ from keras_edifice.neuromorphic.ann2snn import (
 from tests.support.close import assert_close, difference, to_numpy
 from tests.support.gradients import gradients
 from tests.support.numerical import numerical_gradient
-from tests.support.shaking import shake
 
 rng = np.random.default_rng(0)
+
+
+def with_random_weights(model, scale=0.5):
+    """The same on every backend; a spike that is a rounding away stays where it is."""
+    random = np.random.default_rng(1)
+    for weight in model.trainable_variables:
+        weight.assign(scale * random.normal(size=weight.shape))
+    return model
 
 
 def one_layer():
@@ -31,7 +38,7 @@ def one_layer():
 
 def small_mlp(**options):
     sizes = dict(input_size=4, output_size=3, hidden_sizes=[16, 8], percentile=100.0)
-    return shake(keras_edifice.build("ann2snn", **{**sizes, **options}))
+    return with_random_weights(keras_edifice.build("ann2snn", **{**sizes, **options}))
 
 
 def image_network():
@@ -52,7 +59,7 @@ def image_network():
     x = layers.Dropout(0.5)(layers.Flatten()(x))
     trunk = keras.Sequential([keras.Input((16,)), layers.Dense(6, activation="relu")])
     x = layers.Dense(3, activation="softmax")(trunk(x))
-    model = shake(keras.Model(inputs, x))
+    model = with_random_weights(keras.Model(inputs, x))
     random = np.random.default_rng(1)
     for layer in model.layers:
         if isinstance(layer, layers.BatchNormalization):
@@ -243,7 +250,7 @@ def test_max_pooling_sends_what_its_busiest_input_sends():
 def test_input_may_meet_a_neuron_without_weights():
     inputs = keras.Input((4,))
     x = layers.Add()([inputs, layers.Dense(4)(inputs)])
-    model = shake(keras.Model(inputs, layers.Dense(2)(layers.ReLU()(x))))
+    model = with_random_weights(keras.Model(inputs, layers.Dense(2)(layers.ReLU()(x))))
     x = 3 * rng.normal(size=(20, 4)).astype("float32")
     for mode in ("threshold", "weight"):
         snn = convert(model, x, num_timesteps=400, percentile=100.0, mode=mode)
@@ -328,7 +335,7 @@ def test_evaluation_measures_accuracy_rates_and_operations():
     assert report["ann_operations"] == 4 * 16 + 16 * 8 + 8 * 3 + 3 * 3
     assert report["timesteps"] == [4, 256]
     assert report["agreement"][0] < report["agreement"][1]
-    assert report["agreement"][1] > 0.95
+    assert report["agreement"][1] > 0.9
     assert abs(report["snn_accuracy"][1] - 0.9) < 0.05
     assert report["synaptic_operations"][1] > 50 * report["synaptic_operations"][0]
     assert evaluate_conversion(model, snn, (x, np.eye(3)[labels]))["timesteps"] == [64]
@@ -378,10 +385,10 @@ def test_connections_pass_through_pooling():
     "layer, message",
     [
         (layers.Dense(3, activation="tanh"), "activation 'tanh'"),
-        (layers.LSTM(3), "an LSTM, cannot be converted"),
+        (layers.LSTM(3), r"\(LSTM\) cannot be converted"),
         (layers.ReLU(6.0), "max_value"),
         (layers.Softmax(), "softmax inside"),
-        (layers.Conv1D(4, 1, groups=2), "a Conv1D, cannot be converted"),
+        (layers.Conv1D(4, 1, groups=2), r"\(Conv1D\) cannot be converted"),
     ],
     ids=lambda value: getattr(value, "name", None),
 )

@@ -47,7 +47,7 @@ def lif(inputs, beta=0.9, theta=1.0, reset="subtract", delay=True, feedback=None
 
 
 def lif_gradient(inputs, weights, beta, theta, reset, delay, detach):
-    """d sum(weights * spikes) / d inputs by hand, with the atan surrogate of slope 2."""
+    """d sum(weights * spikes) / d inputs by hand, atan surrogate of slope 2."""
     spikes, membranes = lif(inputs, beta, theta, reset, delay)
     x = np.asarray(inputs, "float64")
     if delay:
@@ -91,6 +91,7 @@ def test_layer_is_the_equation(reset, delay):
 
 
 def test_recurrent_spikes_come_back_one_step_later():
+    keras.utils.set_random_seed(0)
     x = currents()
     layer = LIFSpike(recurrent=True, return_membranes=True)
     layer.build(x.shape)
@@ -205,6 +206,7 @@ def whole(model, x, sizes, beta):
 
 
 def test_network_is_its_layers_in_sequence():
+    keras.utils.set_random_seed(0)
     model = shake(
         keras_edifice.build("snn", input_size=3, output_size=4, hidden_sizes=[8, 6])
     )
