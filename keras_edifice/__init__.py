@@ -26,7 +26,7 @@ if _unusable is None:
     load_all()
 
     from keras_edifice import layers
-    # compare
+    from keras_edifice.comparison import compare
     from keras_edifice.exporting import export
     from keras_edifice.model import EdificeModel
 
@@ -35,7 +35,7 @@ if _unusable is None:
         "architecture",
         "build",
         "classifier",
-
+        "compare",
         "export",
         "info",
         "layers",

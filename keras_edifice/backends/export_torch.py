@@ -4,6 +4,7 @@ import contextlib
 
 import keras
 import torch
+from keras.src.backend.torch import numpy as keras_numpy
 
 from keras_edifice.backends.signature import shapes
 from keras_edifice.ops.tracing import exporting
@@ -23,33 +24,41 @@ class _Flat(torch.nn.Module):
 
 
 _CustomGradient = type(keras.ops.custom_gradient(lambda x: (x, lambda g: g)))
+_gradient, _take = _CustomGradient.__call__, keras_numpy.take
+
+
+def _forward_only(self, *args, **kwargs):
+    """An operation with a gradient of its own; exporters cannot look into those."""
+    if exporting():
+        return self.forward_fn(*args, **kwargs)[0]
+    return _gradient(self, *args, **kwargs)
+
+
+def _take_any_length(x, indices, axis=None):
+    """`keras.ops.take` without the `squeeze` that asks whether a length is one."""
+    if axis is None or not exporting():
+        return _take(x, indices, axis)
+    x, indices = map(keras.ops.convert_to_tensor, (x, indices))
+    axis %= x.ndim
+    indices = torch.where(indices < 0, indices + x.shape[axis], indices).long()
+    rows = torch.index_select(x, axis, indices.reshape(-1))
+    return rows.reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
 
 
 @contextlib.contextmanager
-def _forward_only():
-    """Operations with a gradient of their own become what they compute.
-
-    Exporters cannot look into them otherwise. Other threads keep their gradients.
-    """
-    with_gradient = _CustomGradient.__call__
-
-    def call(self, *args, **kwargs):
-        if exporting():
-            return self.forward_fn(*args, **kwargs)[0]
-        return with_gradient(self, *args, **kwargs)
-
-    _CustomGradient.__call__ = call
+def _traceable():
+    """Operations of Keras in forms that exporters take; other threads see no change."""
+    _CustomGradient.__call__, keras_numpy.take = _forward_only, _take_any_length
     try:
         yield
     finally:
-        _CustomGradient.__call__ = with_gradient
+        _CustomGradient.__call__, keras_numpy.take = _gradient, _take
 
 
-@_forward_only()
+@_traceable()
 def torchscript(model, path):
     """Writes ONNX by tracing. Sizes that the model reads as numbers are frozen."""
     names = [x.name for x in model.inputs]
-    torch.onnx.register_custom_op_symbolic("aten::ravel", _ravel, opset_version=9)
     torch.onnx.export(
         _Flat(model),
         _example(model),
@@ -63,7 +72,7 @@ def torchscript(model, path):
     )
 
 
-@_forward_only()
+@_traceable()
 def dynamo(model, path):
     """Writes ONNX by `torch.export`. Slower; takes operators that tracing does not."""
     dims = {}
@@ -93,12 +102,6 @@ def predict(model, batches):
             outputs = keras.tree.flatten(model(x, training=False))
             results.append([keras.ops.convert_to_numpy(y) for y in outputs])
     return results
-
-
-def _ravel(graph, x):
-    """What tracing writes for `torch.ravel`, which is inside `keras.ops.take`."""
-    flat = graph.op("Constant", value_t=torch.tensor([-1]))
-    return graph.op("Reshape", x, flat)
 
 
 def _example(model):

@@ -1,6 +1,8 @@
 """The MLP on the channels of each token, with the exact GELU.
 
-y = W_2 gelu(W_1 x + b_1) + b_2
+    y = W_2 gelu(W_1 x + b_1) + b_2
+
+Used by image transformers and mixers; `ops/gelu.py` has the activation.
 """
 
 import keras

@@ -19,6 +19,8 @@ def step_scan(step, inputs, state):
         (outputs of all steps, state after the last one).
     """
     if keras.backend.backend() != "torch":
+        if not state:  # RNN wants one
+            return _without_state(step, inputs), []
         sizes = [part.shape[-1] for part in state]
         loop = layers.RNN(_Step(step, sizes), return_sequences=True, return_state=True)
         outputs, *state = loop(inputs, initial_state=list(state))
@@ -28,6 +30,14 @@ def step_scan(step, inputs, state):
         y, state = step(x, state)
         outputs.append(y)
     return ops.stack(outputs, axis=1), list(state)
+
+
+def _without_state(step, inputs):
+    def counting(x, count):
+        return step(x, [])[0], [count[0] + 1.0]
+
+    zeros = ops.zeros((ops.shape(inputs)[0], 1), dtype="float32")
+    return step_scan(counting, inputs, [zeros])[0]
 
 
 class _Step(layers.Layer):

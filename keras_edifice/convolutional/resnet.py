@@ -1,9 +1,11 @@
 """Residual Network: every block adds what it computes to its input.
 
-y = ReLU(F(x) + S(x)),    S = identity where the shape is kept
+    y = ReLU(F(x) + S(x)),    S = identity where the shape is kept
 
-basic:       F = BN ∘ C3×3 ∘ ReLU ∘ BN ∘ C3×3
-bottleneck:  F = BN ∘ C1×1(4w) ∘ ReLU ∘ BN ∘ C3×3(w) ∘ ReLU ∘ BN ∘ C1×1(w)
+    basic:       F = BN ∘ C3×3 ∘ ReLU ∘ BN ∘ C3×3
+    bottleneck:  F = BN ∘ C1×1(4w) ∘ ReLU ∘ BN ∘ C3×3(w) ∘ ReLU ∘ BN ∘ C1×1(w)
+
+Where the shape changes, S is a 1×1 convolution or zero padding (section 4.1).
 """
 
 from typing import Literal

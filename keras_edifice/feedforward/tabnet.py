@@ -301,7 +301,8 @@ def _embed(features, widths, categories):
             dtype="float32",
             name=f"embedding_{i}",
         )
-        parts.append(embedding(ops.cast(features[:, i], "int32")))
+        codes = ops.cast(features[:, i], "int32")
+        parts.append(embedding(ops.clip(codes, 0, categories[i] - 1)))
         done = i + 1
     parts.append(features[:, done:])
     filled = [part for part in parts if part.shape[-1]]
@@ -441,7 +442,8 @@ def tabnet(
         lambda_sparse: weight of the entropy of the masks, averaged over the steps.
         mask_type: what turns scores into a mask.
         epsilon: inside the logarithm of the entropy.
-        cat_idxs: columns that hold categories, as whole numbers from 0.
+        cat_idxs: columns that hold categories, as whole numbers from 0; a number
+            outside of its range counts as the nearest one.
         cat_dims: number of categories of each of these columns.
         cat_emb_dim: width of their embeddings, one for all or one for each.
         dropout: rate on the sum of the decisions, in training.

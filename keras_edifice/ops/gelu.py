@@ -5,8 +5,9 @@
 Hendrycks & Gimpel 2016, Gaussian Error Linear Units, arXiv:1606.08415.
 """
 
-import keras
 from keras import ops
+
+from keras_edifice.backends.traits import EXPORTS_GELU
 
 _SQRT_HALF = 0.7071067811865476
 
@@ -17,6 +18,6 @@ def gelu(x):
     TensorFlow's own gelu calls erfc, which ONNX lacks; JAX's erf cannot be read back
     from a SavedModel, its gelu can.
     """
-    if keras.backend.backend() == "tensorflow":
-        return 0.5 * x * (1.0 + ops.erf(x * _SQRT_HALF))
-    return ops.gelu(x, approximate=False)
+    if EXPORTS_GELU:
+        return ops.gelu(x, approximate=False)
+    return 0.5 * x * (1.0 + ops.erf(x * _SQRT_HALF))

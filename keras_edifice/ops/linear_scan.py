@@ -233,11 +233,12 @@ def selective_scan(
         B: (batch, time, state).
         C: (batch, time, state).
         initial_state: (batch, channels, state); zero if None.
-        method: how the states of a chunk are computed. "auto" and "chunked" take
-            chunks of `chunk_size` with `blocked`, "sequential" the same chunks step
-            by step; "associative" (`blocked`), "hillis_steele" (`doubling`) and
-            "cumsum" (`cumulative_sums`) take the whole length as one chunk. Of an
-            unknown length, the whole is one chunk for `doubling`.
+        method: how the states of a chunk are computed. "chunked" takes chunks of
+            `chunk_size` with `blocked`, "sequential" the same chunks in a loop over
+            the steps, "auto" the faster of these two; "associative" (`blocked`),
+            "hillis_steele" (`doubling`) and "cumsum" (`cumulative_sums`) take the
+            whole length as one chunk. Of an unknown length, the whole is one chunk
+            for `doubling`.
         chunk_size: steps whose states exist at once. Small chunks fit a processor's
             cache; larger ones occupy an accelerator better.
         discretization: "euler_b" weighs the input by dt B, "zoh" (zero-order hold) by
@@ -295,9 +296,10 @@ def _plan(method, chunk_size, length):
     # A loop over chunks does not load as ONNX from TensorFlow: one chunk instead.
     if exporting() == "onnx" and method in ("auto", "chunked", "sequential"):
         return "associative", length
-    if method in ("auto", "chunked", "sequential"):
-        return method, min(chunk_size, length)
-    return method, length
+    if method == "auto":  # XLA computes the head of an unrolled chain again and again
+        method = "sequential" if backend.backend() == "jax" else "chunked"
+    whole = method not in ("chunked", "sequential")
+    return method, length if whole else min(chunk_size, length)
 
 
 def _in_chunks(x, length, chunk):

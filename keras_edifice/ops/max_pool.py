@@ -1,7 +1,8 @@
 """Largest value of each window of an image."""
 
-import keras
 from keras import ops
+
+from keras_edifice.backends.traits import EXPORTS_POOLING
 
 
 def max_pool(x, size, strides, padding=0):
@@ -16,9 +17,9 @@ def max_pool(x, size, strides, padding=0):
     if padding:
         edge = [padding, padding]
         x = ops.pad(x, [[0, 0], edge, edge, [0, 0]], constant_values=float("-inf"))
-    if keras.backend.backend() == "jax":
-        return sliced_max_pool(x, size, strides)
-    return ops.max_pool(x, size, strides, "valid", "channels_last")
+    if EXPORTS_POOLING:
+        return ops.max_pool(x, size, strides, "valid", "channels_last")
+    return sliced_max_pool(x, size, strides)
 
 
 def sliced_max_pool(x, size, strides):

@@ -1,8 +1,10 @@
 """Vision Transformer: an image as a sequence of patches.
 
-z_0 = [class; E patch_1; ...; E patch_N] + positions            (eq. 1)
-z'  = z + MSA(LN(z)),    z = z' + MLP(LN(z'))                   (eq. 2, 3)
-y   = LN(z_L)[class]                                            (eq. 4)
+    z_0 = [class; E patch_1; ...; E patch_N] + positions            (eq. 1)
+    z'  = z + MSA(LN(z)),    z = z' + MLP(LN(z'))                   (eq. 2, 3)
+    y   = LN(z_L)[class]                                            (eq. 4)
+
+The blocks of eq. 2 and 3 are in `blocks/encoder.py`.
 """
 
 from typing import Literal
@@ -53,7 +55,7 @@ def _summary(tokens, pool, representation_size):
 
 
 def _scores(features, num_classes, activation, initializer):
-    """The head; beside "xavier" it starts at zero, as in the authors' code."""
+    """The head; with "xavier" it starts at zero, as in the authors' code."""
     start = "zeros" if initializer == "xavier" else matrix_initializer(initializer)
     return class_scores(features, num_classes, activation, kernel_initializer=start)
 

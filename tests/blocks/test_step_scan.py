@@ -28,3 +28,12 @@ def test_scan_is_the_loop():
         count = count + 1
     assert_close(final[0], total)
     assert_close(final[1], count)
+
+
+def test_a_step_without_state_is_applied_to_each():
+    x = rng.normal(size=(2, 5, 3)).astype("float32")
+    outputs, state = step_scan(
+        lambda x, state: (x + 1.0, state), keras.ops.convert_to_tensor(x), []
+    )
+    assert state == []
+    assert_close(outputs, x + 1.0, 1e-6)

@@ -327,6 +327,21 @@ def test_categories_are_embedded_in_their_places():
     assert_close(y["masks"], masks, 1e-4)
 
 
+def test_unknown_categories_are_the_nearest():
+    model, x = small_model(**CATEGORIES), table()
+    known, unknown = x.copy(), x.copy()
+    known[:, 3], unknown[:, 3] = 5, 9
+    assert_close(model(unknown), model(known), 0)
+
+
+@pytest.mark.parametrize("format", ["onnx", "saved_model"])
+def test_masks_and_categories_export(tmp_path, format):
+    model = small_model(mask_type="entmax15", return_masks=True, **CATEGORIES)
+    path = tmp_path / ("model.onnx" if format == "onnx" else "model")
+    assert keras_edifice.export(model, path, format) < 1e-4
+    assert path.exists()
+
+
 def test_one_embedding_width_for_all():
     model = small_model(cat_idxs=[1, 4], cat_dims=[3, 3], cat_emb_dim=2)
     assert model.get_layer("encoder").get_layer("embedding_4").output_dim == 2

@@ -337,6 +337,28 @@ def test_options_train_and_survive_saving(options, tmp_path):
         assert_close(loaded(x), model(x), 1e-6)
 
 
+def test_recurrent_network_exports_and_survives_int8(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = keras_edifice.build(
+        "snn",
+        input_size=3,
+        output_size=2,
+        hidden_sizes=[8],
+        num_timesteps=5,
+        encoding="linear_latency",
+        decoding="first_spike",
+        recurrent=True,
+    )
+    assert model.export(tmp_path / "model.onnx", "onnx") < 1e-4
+    x = rng.uniform(size=(6, 3)).astype("float32")
+    model.quantize("int8")
+    assert model.get_layer("spikes_0").feedback.quantization_mode == "int8"
+    expected = model.predict(x, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_close(loaded.predict(x, verbose=0), expected, 1e-6)
+
+
 def test_hidden_neurons_fire_from_the_start():
     keras.utils.set_random_seed(0)
     for tau in (1.0, 2.0, 5.0):

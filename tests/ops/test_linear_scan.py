@@ -100,7 +100,7 @@ def test_scan_is_the_recurrence(length):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [1, 7, 40])
 @pytest.mark.parametrize("name", ["blocked", "doubling", "sequential"])
 def test_every_form_is_the_recurrence(name, length, reverse):
     decay, inputs = scan_arguments(length)
@@ -156,7 +156,16 @@ def test_scan_keeps_the_dtype_and_computes_in_float32():
     assert_close(ops.cast(states, "float32"), expected, 1e-2)
 
 
-@pytest.mark.parametrize("length", [1, 7, 16, 17, 40])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_selective_scan_is_the_recurrence(length):
+    arguments = selective_arguments(length)
+    y, last = selective_scan(*tensors(*arguments))
+    expected, expected_last = selective_recurrence(*arguments)
+    assert_close(y, expected)
+    assert_close(last, expected_last)
+
+
+@pytest.mark.parametrize("length", [1, 17])
 @pytest.mark.parametrize("discretization", ["euler_b", "zoh"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_the_selective_recurrence(method, discretization, length):
@@ -217,9 +226,10 @@ def test_methods_agree_in_float64():
 @pytest.mark.parametrize("method", METHODS)
 def test_long_and_strongly_decaying_sequences_stay_finite(method):
     # A = -16 at dt = 1 over 1024 steps: the product of decays is e^-16384.
-    x, dt, A, B, C = selective_arguments(1024, channels=2, size=2)
+    length = 1024 if method in ("auto", "cumsum") else 256
+    x, dt, A, B, C = selective_arguments(length, channels=2, size=2)
     A, dt = np.full_like(A, -16.0), np.ones_like(dt)
-    dt[:, 500:] = 0.1
+    dt[:, length // 2 :] = 0.1
     y, _ = selective_scan(*tensors(x, dt, A, B, C), method=method)
     assert_close(y, selective_recurrence(x, dt, A, B, C)[0])
     found = gradients_in_all(
@@ -251,9 +261,11 @@ def test_doubling_takes_log2_rounds(monkeypatch):
         "doubling_round",
         lambda *args: shifts.append(args[-1]) or round_(*args),
     )
-    for length, rounds in {1: 0, 2: 1, 16: 4, 17: 5, 100: 7}.items():
+    for length, rounds in {1: 0, 2: 1, 16: 4, 17: 5}.items():
         shifts.clear()
-        selective_scan(*tensors(*selective_arguments(length)), method="hillis_steele")
+        decay, inputs = np.ones((2, length, 1), "float32")
+        states = module.doubling(*tensors(decay, inputs, np.zeros(1, "float32")))
+        assert_close(states[:, 0], np.arange(1, length + 1))
         assert shifts == [2**r for r in range(rounds)]
 
 

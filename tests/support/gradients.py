@@ -51,8 +51,11 @@ def _jax(model, inputs, flat, first, loss, training):
         packed = keras.tree.pack_sequence_as(
             inputs, [*flat[:first], x, *flat[first + 1 :]]
         )
-        outputs, _ = model.stateless_call(weights, fixed, packed, training=training)
-        return loss(outputs)
+        variables = [*model.trainable_variables, *model.non_trainable_variables]
+        values = [*weights, *fixed]
+        # Not `stateless_call`, which wants every layer to take `training`.
+        with keras.StatelessScope(zip(variables, values, strict=True)):
+            return loss(model(packed, training=training))
 
     weights = [v.value for v in model.trainable_variables]
     x = jax.numpy.asarray(flat[first])
