@@ -38,6 +38,7 @@ BatchNorm = Literal["fold", "keep"]
 
 WEIGHTED = layers.Dense, layers.Conv2D, layers.DepthwiseConv2D
 KEEPS_SCALE = layers.AveragePooling2D, layers.GlobalAveragePooling2D, layers.Flatten
+NORMALISING = layers.BatchNormalization, layers.Softmax
 OFF_AT_INFERENCE = layers.Dropout, layers.SpatialDropout2D, layers.Identity
 
 
@@ -308,8 +309,9 @@ def _translate(layer, sources, shape):
         return node
     known = {keras.activations.relu: "relu", keras.activations.softmax: "softmax"}
     if activation not in known:
+        name = getattr(activation, "__name__", type(activation).__name__)
         raise ValueError(
-            f"{layer.name} has the activation {activation.__name__!r}, which spikes "
+            f"{layer.name} has the activation {name!r}, which spikes "
             "cannot stand for; use 'relu', 'linear', or 'softmax' on the output"
         )
     return Node(known[activation], [node], shape, layer)
@@ -320,10 +322,9 @@ def _check_layer(layer, rank):
         *WEIGHTED,
         *KEEPS_SCALE,
         *OFF_AT_INFERENCE,
-        layers.BatchNormalization,
+        *NORMALISING,
         layers.Activation,
         layers.ReLU,
-        layers.Softmax,
         layers.MaxPooling2D,
         layers.Add,
     )
@@ -340,10 +341,7 @@ def _check_layer(layer, rank):
         layer.max_value is not None or layer.negative_slope or layer.threshold
     ):
         reason = "max_value, negative_slope and threshold have no spiking form"
-    elif type(layer) is layers.BatchNormalization and layer.axis not in (
-        -1,
-        rank - 1,
-    ):
+    elif type(layer) in NORMALISING and layer.axis % rank != rank - 1:
         reason = "the last axis must be the normalised one"
     if reason:
         raise ValueError(
