@@ -67,7 +67,7 @@ def _linear_scan(decay, inputs, state):
         # λ_t = ∂/∂h_t + a_{t+1} λ_{t+1}; the ones multiply a λ of zero.
         later = ops.concatenate([decay[1:], ops.ones_like(decay[:1])], axis=0)
         adjoint = scan(later, upstream, ops.zeros_like(state), reverse=True)
-        previous = ops.concatenate([ops.expand_dims(state, 0), states[:-1]], axis=0)
+        previous = _shifted(states, state, reverse=False)
         return adjoint * previous, adjoint, decay[0] * adjoint[0]
 
     return states, gradient

@@ -222,8 +222,8 @@ def test_methods_agree_in_float64():
     for method in METHODS:
         y = selective_scan(*arguments, method=method)[0]
         # `ops.cumsum` of Keras gives float32 on PyTorch, whatever it gets.
-        half = method == "cumsum" and keras.backend.backend() == "torch"
-        assert_close(y, expected, 1e-5 if half else 1e-10)
+        rounded = method == "cumsum" and keras.backend.backend() == "torch"
+        assert_close(y, expected, 1e-5 if rounded else 1e-10)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -28,7 +28,8 @@ def run(folder):
     for name in keras_edifice.list_architectures():
         model = keras.saving.load_model(folder / f"{name}.keras", safe_mode=True)
         outputs = model.predict(sample_inputs(model, seed=6), verbose=0)
-        np.savez(target / f"{name}.npz", *keras.tree.flatten(outputs))
+        named = outputs if isinstance(outputs, dict) else {"outputs": outputs}
+        np.savez(target / f"{name}.npz", **named)
 
 
 if __name__ == "__main__":
