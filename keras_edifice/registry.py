@@ -255,14 +255,17 @@ def build(name: str, **options) -> keras.Model:
 
 
 def classifier(
-    name: str, num_classes: int, classifier_activation: str | None = "softmax", **options
+    name: str, num_classes: int, activation: str | None = "softmax", **options
 ) -> keras.Model:
     """An architecture with a classification head, ready for `compile` and `fit`.
+
+    Here `activation` is that of the head. An architecture's own option of this name
+    is set by `build`, or in the mapping that `with_head` takes.
 
     Args:
         name: a name of `list_architectures()`.
         num_classes: number of classes.
-        classifier_activation: of the head; None gives logits.
+        activation: of the head; None gives logits.
         **options: those of `info(name)`.
 
     Returns:
@@ -272,26 +275,31 @@ def classifier(
         ValueError: the architecture has no single output that could be classified.
         TypeError: as `build`.
     """
+    return with_head(name, num_classes, options, activation)
+
+
+def with_head(
+    name: str, num_classes: int, options: Mapping, activation: str | None = "softmax"
+) -> keras.Model:
+    """`classifier` with the options of the architecture as a mapping."""
     from keras_edifice.blocks.heads import class_scores
     from keras_edifice.model import EdificeModel
     from keras_edifice.options import Size
 
     entry = info(name)
-    num_classes = check(Size, "num_classes", num_classes)
+    head = dict(
+        num_classes=check(Size, "num_classes", num_classes),
+        classifier_activation=activation,
+    )
     if "num_classes" in entry.options:
-        return build(
-            name,
-            num_classes=num_classes,
-            classifier_activation=classifier_activation,
-            **options,
-        )
+        return build(name, **{**options, **head})
     if len(entry.outputs) > 1:
         raise ValueError(
             f"{name} cannot be a classifier: it gives {', '.join(entry.outputs)}; "
             "build it and put a model of your own on one of them"
         )
     backbone = build(name, **options)
-    scores = class_scores(backbone.output, num_classes, classifier_activation)
+    scores = class_scores(backbone.output, num_classes, activation)
     model = EdificeModel(backbone.input, scores, name=f"{name}_classifier")
     return model.describe(name, backbone.options)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_edifice
-from keras_edifice.registry import _architectures, architecture
+from keras_edifice.registry import _architectures, architecture, with_head
 
 
 @pytest.fixture
@@ -105,9 +105,9 @@ def test_classifier_gives_probabilities_or_says_why_not(name):
         with pytest.raises(
             ValueError, match=f"{name} cannot be a classifier: it gives"
         ):
-            keras_edifice.classifier(name, 3, **options)
+            with_head(name, 3, options)
         return
-    model = keras_edifice.classifier(name, 3, **options)
+    model = with_head(name, 3, options)
     assert model.output_shape[-1] == 3
     assert model.architecture == name
     x = keras_edifice.samples.sample_inputs(model, 4)
@@ -250,3 +250,13 @@ def test_missing_backend_is_one_line_with_the_install_command():
     chosen = run_python(code, KERAS_BACKEND="torch")
     assert "KERAS_BACKEND is 'torch', but" in chosen.stdout, chosen.stderr
     assert 'pip install "keras_edifice[torch]"' in chosen.stdout
+
+
+def test_activation_of_a_classifier_is_that_of_its_head():
+    logits = keras_edifice.classifier("mlp", 3, activation=None, input_size=2)
+    assert logits.options["classifier_activation"] is None
+    assert logits.options["activation"] == "relu"
+    options = dict(input_size=2, activation="tanh")
+    both = with_head("mlp", 3, options, activation="sigmoid")
+    assert both.options["activation"] == "tanh"
+    assert both.options["classifier_activation"] == "sigmoid"

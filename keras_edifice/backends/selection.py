@@ -46,4 +46,3 @@ def select_backend() -> str | None:
             f"run: {install_command(chosen)}"
         )
     return None
-

@@ -33,7 +33,7 @@ class Composite(layers.Layer):
 
 
 def _policy(layer, path):
-    """The dtype policy of a layer; one that was loaded quantised holds a map of them."""
+    """The dtype policy of a layer, which may hold a map of them after loading."""
     policy = layer.dtype_policy
     is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
     return policy[path] if is_map else policy

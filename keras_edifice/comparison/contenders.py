@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import keras
 
 from keras_edifice.comparison.data import Data
-from keras_edifice.registry import Architecture, classifier, info
+from keras_edifice.registry import Architecture, info, with_head
 
 ORIGINAL = {
     "mlp": dict(hidden_sizes=[64, 32], activation="relu", dropout=0.0),
@@ -62,7 +62,7 @@ class Contender:
         """
         entry = info(self.name)
         options = fitting_options(entry, data, self.options)
-        return classifier(self.name, len(data.classes), **options)
+        return with_head(self.name, len(data.classes), options)
 
 
 def contenders(architectures, kind: str) -> list[Contender]:

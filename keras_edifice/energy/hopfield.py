@@ -1,9 +1,10 @@
 """Modern continuous Hopfield network: memory with an energy, and its trained layers.
 
-    E(ξ) = -β⁻¹ lse(β X ξ) + ½ ξᵀξ + β⁻¹ ln S + ½ max ‖x_i‖²      eq. 2, S patterns x_i
-    ξ ← X softmax(β Xᵀ ξ)                                           eq. 3, E never rises
+    E(ξ) = -β⁻¹ lse(β X ξ) + ½ ξᵀξ + β⁻¹ ln S + ½ max ‖x_i‖²              eq. 2
+    ξ ← Xᵀ softmax(β X ξ), which never raises E                             eq. 3
 
-The layers iterate in an association space and then read out, eq. 10:
+The rows of X are the S stored patterns x_i. The layers iterate in an association
+space and then read out, eq. 10:
 
     Ξ = R W_q,  K = Y W_k,  Ξ ← softmax(β Ξ Kᵀ) K,  Z = softmax(β Ξ Kᵀ) Y W_v W_o
 

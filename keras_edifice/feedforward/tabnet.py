@@ -26,7 +26,6 @@ from keras_edifice.ops.special import entmax15, sparsemax
 from keras_edifice.options import (
     Activation,
     Count,
-    Fraction,
     NonNegative,
     Positive,
     Range,
@@ -150,7 +149,7 @@ class GhostGate(GhostBatchNorm):
 
 @keras.saving.register_keras_serializable("keras_edifice")
 class AttentiveTransformer(Composite):
-    """(batch, n_a), prior (batch, features) -> mask whose rows sum to one, float32.
+    """(batch, n_a), prior (batch, features) -> mask whose rows sum to one.
 
     Adds the loss -sparsity · Σ M log(M + ε), as a mean over the batch.
 
@@ -171,10 +170,9 @@ class AttentiveTransformer(Composite):
         epsilon=1e-15,
         virtual_batch_size=None,
         momentum=0.98,
-        dtype="float32",
         **kwargs,
     ):
-        super().__init__(dtype=dtype, **kwargs)
+        super().__init__(**kwargs)
         self.features, self.mask_type = features, mask_type
         self.sparsity, self.epsilon = sparsity, epsilon
         self.virtual_batch_size, self.momentum = virtual_batch_size, momentum
@@ -213,10 +211,8 @@ class Spread(layers.Layer):
         self.widths, self.share = widths, share
 
     def call(self, x):
-        values = (
-            1.0 / np.array(self.widths) if self.share else np.ones(len(self.widths))
-        )
-        matrix = np.repeat(np.diag(values), self.widths, axis=1)
+        parts = np.array(self.widths) if self.share else np.ones(len(self.widths))
+        matrix = np.repeat(np.diag(1.0 / parts), self.widths, axis=1)
         return ops.matmul(x, ops.convert_to_tensor(matrix, dtype=x.dtype))
 
     def compute_output_shape(self, input_shape):
@@ -359,6 +355,18 @@ def _widths(input_size, cat_idxs, cat_dims, cat_emb_dim):
     return [widths.get(i, 1) for i in range(input_size)]
 
 
+def _check_conflicts(num_layers, pretraining_ratio, with_task):
+    if not num_layers:
+        raise ValueError(
+            "num_shared and num_independent are both 0; at least one must be above 0"
+        )
+    if pretraining_ratio is not None and with_task:
+        raise ValueError(
+            "pretraining_ratio must be None with num_classes or return_masks, "
+            f"received {pretraining_ratio}; build a second model for the task"
+        )
+
+
 @keras.saving.register_keras_serializable("keras_edifice")
 class TabNetPretraining(EdificeModel):
     """Restores hidden features; `fit(x)` trains it, without targets.
@@ -414,7 +422,7 @@ def tabnet(
     num_shared: Count = 2,
     num_independent: Count = 2,
     virtual_batch_size: Size | None = 128,
-    bn_momentum: Fraction = 0.98,
+    bn_momentum: Rate = 0.98,
     lambda_sparse: NonNegative = 1e-3,
     mask_type: Literal["sparsemax", "entmax15"] = "sparsemax",
     epsilon: Positive = 1e-15,
@@ -459,15 +467,11 @@ def tabnet(
             layer, or pretraining is asked for together with classes or masks.
     """
     widths = _widths(input_size, cat_idxs, cat_dims, cat_emb_dim)
-    if not num_shared + num_independent:
-        raise ValueError(
-            "num_shared and num_independent are both 0; at least one must be above 0"
-        )
-    if pretraining_ratio is not None and (num_classes is not None or return_masks):
-        raise ValueError(
-            "pretraining_ratio must be None with num_classes or return_masks, "
-            f"received {pretraining_ratio}; build a second model for the task"
-        )
+    _check_conflicts(
+        num_shared + num_independent,
+        pretraining_ratio,
+        num_classes is not None or return_masks,
+    )
     norm = dict(virtual_batch_size=virtual_batch_size, momentum=bn_momentum)
     units = hidden_size + (attention_size or hidden_size)
     encoder = _encoder(
@@ -487,6 +491,7 @@ def tabnet(
             mask_type,
             0.0 if pretraining_ratio is not None else lambda_sparse / num_steps,
             epsilon,
+            dtype="float32",  # masks and priors stay exact under mixed precision
             **norm,
         ),
         num_steps=num_steps,
@@ -501,13 +506,8 @@ def tabnet(
     if dropout:
         x = layers.Dropout(dropout, name="dropout")(x)
     if num_classes is not None:
-        x = class_scores(
-            x,
-            num_classes,
-            classifier_activation,
-            use_bias=False,
-            kernel_initializer=RootFanIn(1.0),
-        )
+        head = dict(use_bias=False, kernel_initializer=RootFanIn(1.0))
+        x = class_scores(x, num_classes, classifier_activation, **head)
     if return_masks:
         x = dict(outputs=x, masks=encoded["masks"], importance=_importance(encoded))
     return EdificeModel(inputs, x, name="tabnet")

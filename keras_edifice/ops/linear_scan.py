@@ -346,16 +346,12 @@ def _selective_scan(method, discretization):
     (n, e) and the state (b, n, e). The result is (k t + n, b, e), for a custom
     gradient has a single output.
     """
-    chunk_states = _chunk_states(method, discretization)
-    input_gradients = (
-        _euler_gradients if discretization == "euler_b" else _zoh_gradients
-    )
 
     @ops.custom_gradient
     def run(x, dt, A, B, C, state):
         def forward(carry, chunk):
             x, dt, B, C = chunk
-            states = chunk_states(x, dt, A, B, carry[0])[-1]
+            states = _chunk_states(method, discretization, x, dt, A, B, carry[0])[-1]
             return [states[-1]], [ops.sum(states * ops.expand_dims(C, 3), axis=2)]
 
         (last,), (after,), (y,) = _over_chunks(
@@ -372,25 +368,10 @@ def _selective_scan(method, discretization):
 
             def backward(carry, chunk):
                 adjoint, by_A = carry
-                x, dt, B, C, start, by_y = chunk
-                log_decay, decay, states = chunk_states(x, dt, A, B, start)
-                by_y = ops.expand_dims(by_y, 2)
-                by_C = ops.sum(by_y * states, axis=3)
-                by_states = by_y * ops.expand_dims(C, 3)
-                # μ_t = a_t λ_t, the gradient in h_{t-1}, obeys μ_t = a_t (μ_{t+1} +
-                # ∂y_t/∂h_t); then λ_t = μ_{t+1} + ∂y_t/∂h_t is that in h_t.
-                mu = _scan(method, log_decay, decay * by_states, adjoint, True, decay)
-                by_states = by_states + _shifted(mu, adjoint, reverse=True)
-                by_log_decay = mu * _shifted(states, start, reverse=False)
-                by_x, by_dt, by_B, more_by_A = input_gradients(
-                    x, dt, A, B, decay, log_decay, by_states
+                adjoint, more_by_A, *by_chunk = _chunk_gradients(
+                    method, discretization, A, adjoint, *chunk
                 )
-                by_dt = by_dt + ops.sum(by_log_decay * A, axis=2)
-                by_A = by_A + more_by_A
-                by_A = by_A + ops.sum(
-                    by_log_decay * ops.expand_dims(dt, 2), axis=(0, 1)
-                )
-                return [mu[0], by_A], [by_x, by_dt, by_B, by_C]
+                return [adjoint, by_A + more_by_A], by_chunk
 
             like = [ops.zeros_like(z[0]) for z in (x, dt, B, C)]
             chunks = [x, dt, B, C, before, by_y]
@@ -404,28 +385,53 @@ def _selective_scan(method, discretization):
     return run
 
 
-def _chunk_states(method, discretization):
-    """The function (x, dt, A, B, state) -> log-decays, decays, states of a chunk."""
-
-    def chunk_states(x, dt, A, B, state):
-        log_decay = ops.expand_dims(dt, 2) * A  # (t, b, n, e)
-        decay = ops.exp(log_decay)
-        if discretization == "euler_b":
-            inputs = ops.expand_dims(dt * x, 2) * ops.expand_dims(B, 3)
-        else:
-            inputs = ops.expand_dims(x, 2) * ops.expand_dims(B, 3)
-            inputs = inputs * _held_weight(log_decay, decay, A)
-        states = _scan(method, log_decay, inputs, state, False, decay)
-        return log_decay, decay, states
-
-    return chunk_states
+def _chunk_states(method, discretization, x, dt, A, B, state):
+    """Log-decays, decays and states of a chunk, (t, b, n, e) each."""
+    log_decay = ops.expand_dims(dt, 2) * A
+    decay = ops.exp(log_decay)
+    if discretization == "euler_b":
+        inputs = ops.expand_dims(dt * x, 2) * ops.expand_dims(B, 3)
+    else:
+        inputs = ops.expand_dims(x, 2) * ops.expand_dims(B, 3)
+        inputs = inputs * _held_weight(log_decay, decay, A)
+    return log_decay, decay, _scan(method, log_decay, decay, inputs, state)
 
 
-def _scan(method, log_decay, inputs, state, reverse, decay):
+def _chunk_gradients(method, discretization, A, adjoint, x, dt, B, C, state, by_y):
+    """Gradients in the state before a chunk, A, x, dt, B and C.
+
+    With λ_t the gradient in h_t, μ_t = a_t λ_t is that in h_{t-1}, so that
+
+        λ_t = μ_{t+1} + by_y_t C_t,    μ_t = a_t (μ_{t+1} + by_y_t C_t)
+
+    and `adjoint` is the μ of the first step after the chunk.
+    """
+    log_decay, decay, states = _chunk_states(method, discretization, x, dt, A, B, state)
+    by_y = ops.expand_dims(by_y, 2)
+    by_C = ops.sum(by_y * states, axis=3)
+    direct = by_y * ops.expand_dims(C, 3)
+    mu = _scan(method, log_decay, decay, decay * direct, adjoint, reverse=True)
+    by_states = _shifted(mu, adjoint, reverse=True) + direct
+    by_log_decay = mu * _shifted(states, state, reverse=False)
+    input_gradients = {"euler_b": _euler_gradients, "zoh": _zoh_gradients}
+    by_x, by_dt, by_B, by_A = input_gradients[discretization](
+        x, dt, A, B, decay, log_decay, by_states
+    )
+    by_dt = by_dt + ops.sum(by_log_decay * A, axis=2)
+    by_A = by_A + ops.sum(by_log_decay * ops.expand_dims(dt, 2), axis=(0, 1))
+    return mu[0], by_A, by_x, by_dt, by_B, by_C
+
+
+def _scan(method, log_decay, decay, inputs, state, reverse=False):
     if method == "cumsum":
         return cumulative_sums(log_decay, inputs, state, reverse)
-    scan = {"hillis_steele": doubling, "sequential": sequential}.get(method, blocked)
-    return scan(decay, inputs, state, reverse)
+    scans = {
+        "associative": blocked,
+        "chunked": blocked,
+        "hillis_steele": doubling,
+        "sequential": sequential,
+    }
+    return scans[method](decay, inputs, state, reverse)
 
 
 def _held_weight(log_decay, decay, A):

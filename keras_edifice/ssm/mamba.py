@@ -19,13 +19,12 @@ from keras_edifice.blocks.composite import Composite
 from keras_edifice.blocks.rms_norm import RMSNorm
 from keras_edifice.blocks.sequence import residual, sequence_input, sequence_model
 from keras_edifice.model import EdificeModel
-from keras_edifice.ops.linear_scan import selective_scan, selective_step
-from keras_edifice.options import Positive, Rate, Size
+from keras_edifice.ops.linear_scan import METHODS, selective_scan, selective_step
+from keras_edifice.options import Positive, Rate, Size, check
 from keras_edifice.registry import architecture
 
-Scan = Literal[
-    "auto", "associative", "hillis_steele", "cumsum", "sequential", "chunked"
-]
+Scan = Literal[METHODS]
+Discretization = Literal["euler_b", "zoh"]
 
 
 def _fan_in_uniform(divisor=1):
@@ -67,6 +66,9 @@ class MambaBlock(Composite):
             arXiv:2403.19887).
         norm_eps: of those norms.
         depth: number of such blocks in the model; W_out starts divided by its root.
+
+    Raises:
+        ValueError: `scan` or `discretization` is not one of the above.
     """
 
     def __init__(
@@ -92,8 +94,8 @@ class MambaBlock(Composite):
         super().__init__(**kwargs)
         self.state_size, self.expand_factor = state_size, expand_factor
         self.conv_size, self.dt_rank = conv_size, dt_rank
-        self.scan, self.chunk_size = scan, chunk_size
-        self.discretization = discretization
+        self.scan, self.chunk_size = check(Scan, "scan", scan), chunk_size
+        self.discretization = check(Discretization, "discretization", discretization)
         self.dt_min, self.dt_max = dt_min, dt_max
         self.dt_init_floor, self.dt_scale = dt_init_floor, dt_scale
         self.conv_bias, self.use_bias = conv_bias, use_bias
@@ -245,7 +247,7 @@ def mamba(
     num_layers: Size = 2,
     scan: Scan = "auto",
     chunk_size: Size = 16,
-    discretization: Literal["euler_b", "zoh"] = "euler_b",
+    discretization: Discretization = "euler_b",
     dt_min: Positive = 0.001,
     dt_max: Positive = 0.1,
     dt_init_floor: Positive = 1e-4,

@@ -76,7 +76,23 @@ def test_a_seed_repeats_the_result(outcome):
     assert abs(other.curve["loss"][0] - again.curve["loss"][0]) > 1e-3
 
 
-def test_an_exception_in_training_stops_nobody_else(monkeypatch):
+@pytest.fixture
+def untrained(monkeypatch):
+    """Contenders report two epochs and a result without having run."""
+
+    def train(model, row, inputs, data, settings, steps):
+        for epoch in range(settings.epochs):
+            steps.epoch(row, epoch, {"loss": 1.0, "accuracy": 0.5})
+        row.training_seconds = 1.0
+
+    def measure(model, row, *rest):
+        row.accuracy, row.parameters = 0.5, 7
+
+    monkeypatch.setattr(contest, "_train", train)
+    monkeypatch.setattr(contest, "_measure", measure)
+
+
+def test_an_exception_in_training_stops_nobody_else(untrained, monkeypatch):
     train = contest._train
 
     def broken(model, row, *rest):
@@ -133,22 +149,6 @@ def test_the_table_shows_each_contender(outcome):
     assert f"{100 * outcome.rows[0].accuracy:.1f} %" in lines[2]
     assert "failed: unknown architecture 'nope'" in lines[5]
     assert outcome.table() in str(outcome)
-
-
-@pytest.fixture
-def untrained(monkeypatch):
-    """Contenders report two epochs and a result without having run."""
-
-    def train(model, row, inputs, data, settings, steps):
-        for epoch in range(settings.epochs):
-            steps.epoch(row, epoch, {"loss": 1.0, "accuracy": 0.5})
-        row.training_seconds = 1.0
-
-    def measure(model, row, *rest):
-        row.accuracy, row.parameters = 0.5, 7
-
-    monkeypatch.setattr(contest, "_train", train)
-    monkeypatch.setattr(contest, "_measure", measure)
 
 
 def test_progress_is_told_after_every_epoch_and_contender(untrained):
@@ -209,14 +209,6 @@ def test_every_row_of_an_unlucky_comparison_may_fail():
     assert outcome.failed
     assert [row.rank for row in outcome.rows] == [None, None]
     assert outcome.table().count("failed:") == 2
-
-
-def test_options_named_like_those_of_the_head_reach_the_architecture():
-    model = keras_edifice.classifier(
-        "mlp", 3, input_size=2, hidden_sizes=[4], activation="tanh"
-    )
-    assert model.layers[-1].activation.__name__ == "softmax"
-    assert model.options["activation"] == "tanh"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ rng = np.random.default_rng(0)
 def small(**options):
     sizes = dict(input_size=6, latent_size=3, encoder_sizes=[5], decoder_sizes=[4])
     given = {**sizes, "activation": "tanh", **options}
+    keras.utils.set_random_seed(0)
     return shake(keras_edifice.build("vae", **given))
 
 
@@ -272,12 +273,12 @@ def test_sample_weight_weighs_examples():
 
 def test_more_draws_have_less_noise():
     x, spread = data(8), []
-    for num_samples in (1, 25):
+    for num_samples in (1, 9):
         model = small(num_samples=num_samples)
         model.compile(keras.optimizers.SGD(0.0))
         losses = model.fit(x, epochs=12, verbose=0, shuffle=False).history["loss"]
         spread.append(np.std(losses))
-    assert spread[1] < 0.5 * spread[0]
+    assert spread[1] < 0.6 * spread[0]  # a third in expectation
 
 
 def test_training_does_not_collapse_onto_the_prior():
@@ -285,6 +286,7 @@ def test_training_does_not_collapse_onto_the_prior():
     # be, the latent tells them apart.
     side = np.sign(rng.normal(size=(256, 1)))
     x = (side * np.ones((1, 20)) + 0.3 * rng.normal(size=(256, 20))).astype("float32")
+    keras.utils.set_random_seed(0)
     model = keras_edifice.build(
         "vae", input_size=20, latent_size=2, encoder_sizes=[16], decoder_sizes=[16]
     )
@@ -326,6 +328,7 @@ def test_samples_are_means_of_the_likelihood():
 
 
 def test_convolutional_form_trains_on_images():
+    keras.utils.set_random_seed(0)
     model = keras_edifice.build(
         "vae",
         input_size=8 * 8 * 2,

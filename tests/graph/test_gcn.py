@@ -52,6 +52,7 @@ def convolutions(weights):
 
 def small(**options):
     given = dict(input_dim=4, hidden_dims=[7, 3], activation="tanh") | options
+    keras.utils.set_random_seed(0)
     return shake(keras_edifice.build("gcn", **given))
 
 
@@ -299,6 +300,11 @@ def test_graph_classifier_of_the_registry():
     assert_close(y.sum(-1), np.ones(2))
     nodes = keras_edifice.classifier("gcn", 3, input_dim=4)
     assert nodes(random_graph()).shape == (2, 6, 3)
+
+
+def test_sparse_form_with_masks_is_exported(tmp_path):
+    model = small(sparse=True, use_mask=True, use_edge_mask=True, pool="mean")
+    assert keras_edifice.export(model, tmp_path / "model.onnx", "onnx") < 1e-4
 
 
 def test_inputs_of_the_sparse_form_are_refused_by_the_dense_one():

@@ -275,7 +275,11 @@ def test_doubling_takes_log2_rounds(monkeypatch):
 def test_only_the_states_of_one_chunk_exist(monkeypatch):
     lengths, scan = [], module._scan
     monkeypatch.setattr(
-        module, "_scan", lambda *args: lengths.append(args[2].shape[0]) or scan(*args)
+        module,
+        "_scan",
+        lambda *args, **options: (
+            lengths.append(args[3].shape[0]) or scan(*args, **options)
+        ),
     )
     arguments = selective_arguments(100)
     gradients_in_all(

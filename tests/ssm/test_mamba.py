@@ -301,3 +301,9 @@ def test_config_keeps_the_arguments():
     )
     config = MambaBlock(**options).get_config()
     assert {name: config[name] for name in options} == options
+
+
+@pytest.mark.parametrize("option", ["scan", "discretization"])
+def test_unknown_choices_are_refused(option):
+    with pytest.raises(ValueError, match=f"{option} must be one of .*, received 'x'"):
+        MambaBlock(**{option: "x"})
