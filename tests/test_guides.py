@@ -90,3 +90,15 @@ def run(arguments, folder):
         text=True,
         cwd=folder,
     )
+
+
+def test_the_quick_start_of_the_readme_runs(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    chosen = re.compile(r'^os.environ\["KERAS_BACKEND"\] = .*$', re.MULTILINE)
+    code, replaced = chosen.subn("", code)  # the backend of this run
+    assert replaced == 1
+    done = run(["-c", code], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Gu & Dao 2023" in done.stdout
+    assert (tmp_path / "mamba.onnx").exists()

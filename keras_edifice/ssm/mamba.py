@@ -157,7 +157,8 @@ class MambaBlock(Composite):
     def call(self, x, mask=None, initial_state=None, return_state=False):
         seen, h = (None, None) if initial_state is None else initial_state
         x, z = ops.split(self.in_proj(x), 2, axis=-1)
-        x, seen = self.conv(x, mask=mask, initial_state=seen, return_state=True)
+        conv = self.conv(x, mask=mask, initial_state=seen, return_state=return_state)
+        x, seen = conv if return_state else (conv, None)
         dt, B, C = self._select(x)
         if mask is not None:  # exp(0 A) = 1 and 0 B x = 0: the state stays
             dt = ops.where(ops.expand_dims(mask, -1), dt, ops.zeros_like(dt))

@@ -221,8 +221,10 @@ def test_half_precision_stays_near(name):
         keras.config.set_dtype_policy(policy)
     assert np.isfinite(history["loss"]).all()
     for y, expected in zip(outputs, shared_outputs(name), strict=True):
-        # bfloat16 keeps 8 bits: a few layers of it leave about one part in thirty.
-        assert difference(y, expected) < 0.1
+        # bfloat16 keeps 8 bits: a few layers of it leave about one part in thirty. The
+        # mean square, because one spike that rounding flips moves one output far.
+        distance = np.sqrt(np.mean(np.square(y - expected)))
+        assert distance < 0.06 * np.abs(expected).max()
 
 
 @every_architecture

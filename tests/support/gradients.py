@@ -45,6 +45,7 @@ def _dense(gradient):
 def _jax(model, inputs, flat, first, loss, training):
     import jax
 
+    flat = [jax.numpy.asarray(x) for x in flat]  # Keras refuses a mix with arrays
     fixed = [v.value for v in model.non_trainable_variables]
 
     def value(weights, x):
@@ -58,7 +59,7 @@ def _jax(model, inputs, flat, first, loss, training):
             return loss(model(packed, training=training))
 
     weights = [v.value for v in model.trainable_variables]
-    x = jax.numpy.asarray(flat[first])
+    x = flat[first]
     by_weight, by_input = jax.jit(jax.grad(value, argnums=(0, 1)))(weights, x)
     return [np.asarray(g) for g in by_weight], np.asarray(by_input)
 
