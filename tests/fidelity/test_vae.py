@@ -1,8 +1,10 @@
 import keras
 import numpy as np
+import torch
+from torch.distributions import Normal, kl_divergence
 
 import keras_edifice
-from tests.support.close import difference, to_numpy
+from tests.support.close import assert_close, difference, to_numpy
 from tests.support.gradients import gradients
 from tests.support.numerical import numerical_gradient
 from tests.support.shaking import shake
@@ -91,6 +93,15 @@ def compare(likelihood, training):
     value = to_numpy(objective(y))
     forward += [difference([value], [loss(x, *expected, likelihood)])]
     return max(forward), max(difference(a, b) for a, b in pairs)
+
+
+def test_kl_equals_that_of_torch():
+    mean, log_var = rng.normal(size=(2, 5, 3))
+    posterior = Normal(torch.tensor(mean), torch.tensor(np.exp(0.5 * log_var)))
+    prior = Normal(torch.zeros(3).double(), torch.ones(3).double())
+    expected = kl_divergence(posterior, prior).sum(-1)
+    model = keras_edifice.build("vae", **SIZES)
+    assert_close(model.kl_divergence(mean, log_var), expected.numpy())
 
 
 def test_vae_equals_the_equations(fidelity):
