@@ -15,9 +15,15 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py"))
 BACKENDS = {"tensorflow", "jax", "jaxlib", "torch", "tf2onnx", "jax2onnx"}
-# Optional parts are imported where they are used; the verbs are loaded by `cli.py`.
 OUTSIDE = {"keras", "numpy", "keras_edifice"}
-OPTIONAL = {"commands.py": {"typer", "rich"}}
+# Optional parts are imported where they are used. The verbs are loaded by `cli.py`,
+# the exporters of a backend only under it.
+OPTIONAL = {
+    "commands.py": {"typer", "rich"},
+    "backends/export_jax.py": {"jax"},
+    "backends/export_tensorflow.py": {"tensorflow"},
+    "backends/export_torch.py": {"torch"},
+}
 
 
 def imports(path, top_level_only=False):

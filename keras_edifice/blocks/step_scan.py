@@ -1,7 +1,8 @@
 """A loop over time for steps that no parallel scan can take."""
 
-import keras
 from keras import layers, ops
+
+from keras_edifice.backends.traits import COMPILES_LOOPS
 
 
 def step_scan(step, inputs, state):
@@ -18,7 +19,7 @@ def step_scan(step, inputs, state):
     Returns:
         (outputs of all steps, state after the last one).
     """
-    if keras.backend.backend() != "torch":
+    if COMPILES_LOOPS:
         if not state:  # RNN wants one
             return _without_state(step, inputs), []
         sizes = [part.shape[-1] for part in state]

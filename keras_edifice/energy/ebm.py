@@ -171,7 +171,7 @@ class ClassAffine(layers.Layer):
 
 @keras.saving.register_keras_serializable("keras_edifice")
 class ReplayBuffer(layers.Layer):
-    """Passes its input on, and keeps the ends of Langevin chains as weights.
+    """(batch, ...) -> the same, passed on. Keeps the ends of Langevin chains.
 
     Args:
         size: number of samples; the oldest give way.
