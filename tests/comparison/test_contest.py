@@ -3,7 +3,6 @@ import json
 import numpy as np
 import pytest
 
-import keras_edifice
 from keras_edifice.comparison import compare, contest
 from keras_edifice.errors import one_line
 

@@ -2,6 +2,8 @@
 
 import keras
 
+from tests.support.compiled import compiled
+
 
 def stream(model, x):
     """Outputs of `model` after each token of x, (batch, time, features).
@@ -15,16 +17,24 @@ def stream(model, x):
         if hasattr(layer, "step")
     }
 
-    def stepped(operation):
-        if operation.name not in state:
-            return operation
+    def one_token(token, state):
+        state = dict(state)
 
-        def step(token, **_):
-            y, state[operation.name] = operation.step(token, state[operation.name])
-            return y
+        def stepped(operation):
+            if operation.name not in state:
+                return operation
 
-        return step
+            def step(token, **_):
+                name = operation.name
+                y, state[name] = operation.step(token, state[name])
+                return y
 
-    tokens = [keras.ops.convert_to_tensor(x[:, t]) for t in range(x.shape[1])]
-    outputs = [model._run_through_graph(token, stepped) for token in tokens]
+            return step
+
+        return model._run_through_graph(token, stepped), state
+
+    run, outputs = compiled(one_token), []
+    for t in range(x.shape[1]):
+        y, state = run(keras.ops.convert_to_tensor(x[:, t]), state)
+        outputs.append(y)
     return keras.ops.stack(outputs, axis=1)
