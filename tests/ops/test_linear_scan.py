@@ -15,6 +15,7 @@ from keras_edifice.ops.linear_scan import (
 )
 from keras_edifice.ops.tracing import export_scope
 from tests.support.close import assert_close, to_numpy
+from tests.support.compiled import compiled
 from tests.support.gradients import gradients
 from tests.support.numerical import numerical_gradient
 
@@ -66,6 +67,12 @@ def tensors(*arrays):
     return [ops.convert_to_tensor(z) for z in arrays]
 
 
+def scanned(*arrays, **options):
+    """`selective_scan` of arrays."""
+    scan = functools.partial(selective_scan, **options)
+    return compiled(scan)(*tensors(*arrays))
+
+
 class Applied(keras.layers.Layer):
     """A function of arrays that are its weights, so that all gradients come at once."""
 
@@ -92,7 +99,8 @@ def gradients_in_all(function, arrays, weights):
 def test_scan_is_the_recurrence(length):
     decay, inputs = scan_arguments(length, (3, 2))
     state = rng.normal(size=(2, 3, 2)).astype("float32")
-    states, last = linear_scan(*tensors(decay, inputs, state), return_state=True)
+    scan = compiled(functools.partial(linear_scan, return_state=True))
+    states, last = scan(*tensors(decay, inputs, state))
     expected = recurrence(decay, inputs, state)
     assert_close(states, expected)
     assert_close(last, expected[:, -1])
@@ -106,7 +114,8 @@ def test_every_form_is_the_recurrence(name, length, reverse):
     decay, inputs = scan_arguments(length)
     state = rng.normal(size=(2, 3)).astype("float32")
     time_first = [np.swapaxes(z, 0, 1) for z in (decay, inputs)]
-    states = getattr(module, name)(*tensors(*time_first, state), reverse)
+    scan = functools.partial(getattr(module, name), reverse=reverse)
+    states = compiled(scan)(*tensors(*time_first, state))
     if reverse:
         expected = recurrence(decay[:, ::-1], inputs[:, ::-1], state)[:, ::-1]
     else:
@@ -159,7 +168,7 @@ def test_scan_keeps_the_dtype_and_computes_in_float32():
 @pytest.mark.parametrize("length", LENGTHS)
 def test_selective_scan_is_the_recurrence(length):
     arguments = selective_arguments(length)
-    y, last = selective_scan(*tensors(*arguments))
+    y, last = scanned(*arguments)
     expected, expected_last = selective_recurrence(*arguments)
     assert_close(y, expected)
     assert_close(last, expected_last)
@@ -172,7 +181,7 @@ def test_every_method_is_the_selective_recurrence(method, discretization, length
     arguments = selective_arguments(length)
     state = rng.normal(size=(2, 3, 4)).astype("float32")
     options = dict(method=method, chunk_size=7, discretization=discretization)
-    y, last = selective_scan(*tensors(*arguments, state), **options)
+    y, last = scanned(*arguments, state, **options)
     expected, expected_last = selective_recurrence(*arguments, state, discretization)
     assert_close(y, expected)
     assert_close(last, expected_last)
@@ -205,9 +214,9 @@ def test_every_method_has_the_gradient_of_the_recurrence(method, discretization)
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 16, 64])
 def test_chunk_size_changes_nothing(chunk_size):
-    arguments = tensors(*selective_arguments(40))
-    y, last = selective_scan(*arguments, chunk_size=chunk_size)
-    expected, expected_last = selective_scan(*arguments, chunk_size=40)
+    arguments = selective_arguments(40)
+    y, last = scanned(*arguments, chunk_size=chunk_size)
+    expected, expected_last = scanned(*arguments, chunk_size=40)
     assert_close(y, expected)
     assert_close(last, expected_last)
 
@@ -233,7 +242,7 @@ def test_long_and_strongly_decaying_sequences_stay_finite(method):
     x, dt, A, B, C = selective_arguments(length, channels=2, size=2)
     A, dt = np.full_like(A, -16.0), np.ones_like(dt)
     dt[:, length // 2 :] = 0.1
-    y, _ = selective_scan(*tensors(x, dt, A, B, C), method=method)
+    y, _ = scanned(x, dt, A, B, C, method=method)
     assert_close(y, selective_recurrence(x, dt, A, B, C)[0])
     found = gradients_in_all(
         lambda *z: selective_scan(*z, method=method)[0], [x, dt, A, B, C], x
@@ -243,9 +252,7 @@ def test_long_and_strongly_decaying_sequences_stay_finite(method):
 
 def test_4096_steps_stay_near_the_recurrence():
     arguments = selective_arguments(4096, channels=2, size=2, dt_scale=0.01)
-    assert_close(
-        selective_scan(*tensors(*arguments))[0], selective_recurrence(*arguments)[0]
-    )
+    assert_close(scanned(*arguments)[0], selective_recurrence(*arguments)[0])
     decay, inputs = scan_arguments(4096)
     assert_close(linear_scan(*tensors(decay, inputs)), recurrence(decay, inputs))
 
@@ -253,7 +260,7 @@ def test_4096_steps_stay_near_the_recurrence():
 def test_sums_in_log_space_hold_large_inputs():
     x, dt, A, B, C = selective_arguments(40)
     x, dt = 1e6 * x, 40.0 * dt
-    y, _ = selective_scan(*tensors(x, dt, A, B, C), method="cumsum")
+    y, _ = scanned(x, dt, A, B, C, method="cumsum")
     assert_close(y / 1e6, selective_recurrence(x, dt, A, B, C)[0] / 1e6)
 
 
@@ -292,9 +299,9 @@ def test_a_step_without_time_leaves_the_state():
     x, dt, A, B, C = selective_arguments(9)
     dt[:, 5:] = 0.0
     for discretization in ("euler_b", "zoh"):
-        scan = functools.partial(selective_scan, discretization=discretization)
-        _, last = scan(*tensors(x, dt, A, B, C))
-        _, state = scan(*tensors(x[:, :5], dt[:, :5], A, B[:, :5], C[:, :5]))
+        scan = functools.partial(scanned, discretization=discretization)
+        _, last = scan(x, dt, A, B, C)
+        _, state = scan(x[:, :5], dt[:, :5], A, B[:, :5], C[:, :5])
         assert_close(last, state, 1e-6)
 
 
@@ -316,7 +323,7 @@ def test_held_input_follows_theorem_1_of_the_paper():
     x, delta = rng.normal(size=(2, 2, 20, 3)).astype("float32")
     ones = np.ones((2, 20, 1), "float32")
     A, dt = -np.ones((3, 1), "float32"), np.log1p(np.exp(delta))
-    y, _ = selective_scan(*tensors(x, dt, A, ones, ones), discretization="zoh")
+    y, _ = scanned(x, dt, A, ones, ones, discretization="zoh")
     gate = 1 / (1 + np.exp(-delta.astype("float64")))
     assert_close(y, recurrence(1 - gate, gate * x))
 
@@ -324,7 +331,7 @@ def test_held_input_follows_theorem_1_of_the_paper():
 def test_held_input_is_exact_for_short_steps():
     x, dt, A, B, C = selective_arguments(20)
     dt = dt * 1e-4
-    y, _ = selective_scan(*tensors(x, dt, A, B, C), discretization="zoh")
+    y, _ = scanned(x, dt, A, B, C, discretization="zoh")
     expected, _ = selective_recurrence(x, dt, A, B, C, discretization="zoh")
     assert_close(y * 1e4, expected * 1e4)
 
