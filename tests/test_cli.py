@@ -19,6 +19,7 @@ SMALL = "mlp:hidden_sizes=[8]"
 def run(tmp_path, monkeypatch):
     """Runs a verb in an empty folder; checks the exit code."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
 
     def invoke(*arguments, code=0):
         result = CliRunner().invoke(app, arguments)

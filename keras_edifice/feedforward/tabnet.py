@@ -409,7 +409,8 @@ class TabNetPretraining(EdificeModel):
         hidden_size=6,
         attention_size=4,
         num_steps=2,
-        virtual_batch_size=2,
+        virtual_batch_size=4,
+        bn_momentum=0.5,
     ),
 )
 def tabnet(

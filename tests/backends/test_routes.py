@@ -31,7 +31,11 @@ def test_every_route_names_a_function_of_its_backend():
             assert callable(getattr(module, route.exporter))
 
 
-def test_pytorch_does_not_write_loops_over_an_open_length():
+def test_pytorch_does_not_write_loops_over_an_open_length(monkeypatch):
+    # Which packages this environment has is another matter.
+    monkeypatch.setattr(routes, "installed", lambda backend: True)
+    monkeypatch.setattr(routes, "missing", lambda packages: [])
+
     def backends(model):
         return {route.backend for route in routes.routes(model, "onnx")}
 

@@ -168,10 +168,10 @@ def test_fit_lowers_the_loss(name):
     model = new_model(name)
     # TensorFlow compiles by XLA on accelerators alone; ask for it here as well.
     compiled(model, keras.optimizers.Adam(1e-2), jit_compile=BACKEND != "torch")
-    data = training_data(model)
-    before = model.evaluate(**data, batch_size=4, verbose=0)
-    model.fit(**data, batch_size=4, epochs=12, shuffle=False, verbose=0)
-    after = model.evaluate(**data, batch_size=4, verbose=0)
+    data = training_data(model, 8)
+    before = model.evaluate(**data, batch_size=8, verbose=0)
+    model.fit(**data, batch_size=8, epochs=12, shuffle=False, verbose=0)
+    after = model.evaluate(**data, batch_size=8, verbose=0)
     before, after = (v[0] if isinstance(v, list) else v for v in (before, after))
     assert np.isfinite(after)
     assert after < before, f"{before} did not fall: {after}"
