@@ -163,16 +163,22 @@ def test_every_weight_gets_a_gradient(name):
         assert np.any(gradient != 0), f"{weight.path}: no gradient"
 
 
+def loss_of(evaluated):
+    return evaluated[0] if isinstance(evaluated, list) else evaluated
+
+
 @every_architecture
 def test_fit_lowers_the_loss(name):
     model = new_model(name)
     # TensorFlow compiles by XLA on accelerators alone; ask for it here as well.
     compiled(model, keras.optimizers.Adam(1e-2), jit_compile=BACKEND != "torch")
     data = training_data(model, 8)
-    before = model.evaluate(**data, batch_size=8, verbose=0)
-    model.fit(**data, batch_size=8, epochs=12, shuffle=False, verbose=0)
-    after = model.evaluate(**data, batch_size=8, verbose=0)
-    before, after = (v[0] if isinstance(v, list) else v for v in (before, after))
+    before = loss_of(model.evaluate(**data, batch_size=8, verbose=0))
+    history = model.fit(**data, batch_size=8, epochs=12, shuffle=False, verbose=0)
+    after = loss_of(model.evaluate(**data, batch_size=8, verbose=0))
+    if any(weight.name.startswith("moving_") for weight in model.weights):
+        # A few batches are too few for moving statistics: as training sees it.
+        before, after = history.history["loss"][0], history.history["loss"][-1]
     assert np.isfinite(after)
     assert after < before, f"{before} did not fall: {after}"
 
