@@ -217,12 +217,13 @@ def test_no_update_is_attention():
 def test_until_convergence_is_many_updates():
     state, stored = normal(2, 3, 4), normal(2, 7, 4)
     options = dict(num_heads=2, beta=2.0)
-    layer = built(Hopfield(8, update_steps=40, **options), state, stored)
+    layer = built(Hopfield(8, update_steps=64, **options), state, stored)
     until = built(
         Hopfield(8, update_steps=None, update_eps=1e-6, **options), state, stored
     )
     until.set_weights(layer.get_weights())
-    assert_close(until(state, stored), layer(state, stored))
+    # Each step that would follow the last one is smaller, but there are many.
+    assert_close(until(state, stored), layer(state, stored), 1e-4)
     early = built(
         Hopfield(8, update_steps=None, max_updates=1, **options), state, stored
     )
