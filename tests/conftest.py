@@ -1,9 +1,21 @@
-"""Prints the conformance matrix: a row for each architecture, a column a check."""
+"""Seeds every test and prints the conformance matrix, architecture by check."""
 
 import re
 
+import keras
+import numpy as np
+import pytest
+
 CONFORMANCE = re.compile(r"test_conformance\.py::test_(\w+)\[(?:\w+-)?(\w+)\]")
 MARKS = {"passed": "+", "failed": "FAIL", "skipped": "skip", "error": "FAIL"}
+
+
+@pytest.fixture(autouse=True)
+def seeded(request, monkeypatch):
+    """Weights and data that do not depend on the tests that ran before."""
+    keras.utils.set_random_seed(0)
+    if hasattr(request.module, "rng"):
+        monkeypatch.setattr(request.module, "rng", np.random.default_rng(0))
 
 
 def pytest_terminal_summary(terminalreporter):
