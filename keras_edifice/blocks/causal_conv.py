@@ -1,8 +1,9 @@
 """Causal depthwise convolution, the short filter of most recurrent mixers.
 
-    y_t = activation(Σ_j w_j ⊙ x_{t-k+1+j} + b),    j = 0 .. k-1
+    y_t = activation(Σ_j w_j ⊙ x_{t-(k-1-j)r} + b),    j = 0 .. k-1
 
-The last tap, j = k-1, is that of the present step.
+The last tap, j = k-1, is that of the present step; r is the dilation. For a filter that
+also looks ahead take Keras' DepthwiseConv1D with padding "same".
 """
 
 import keras
@@ -13,7 +14,7 @@ from keras import activations, layers, ops
 class CausalConv(layers.Layer):
     """(batch, time, channels) -> the same. Causal; each channel by itself.
 
-    The state is the last `kernel_size - 1` inputs, (batch, kernel_size - 1, channels).
+    The state is the last (kernel_size - 1) · dilation inputs, (batch, ·, channels).
     Masked steps count as zeros and do not enter the state, so that sequences may be
     padded on either side.
 
@@ -21,13 +22,21 @@ class CausalConv(layers.Layer):
         kernel_size: taps of the filter.
         use_bias: whether there is a learned shift.
         activation: name of the function after the filter; None for none.
+        dilation: distance of the taps from each other, in steps.
     """
 
-    def __init__(self, kernel_size, use_bias=True, activation=None, **kwargs):
+    def __init__(
+        self, kernel_size, use_bias=True, activation=None, dilation=1, **kwargs
+    ):
         super().__init__(**kwargs)
         self.kernel_size, self.use_bias = kernel_size, use_bias
-        self.activation = activation
+        self.activation, self.dilation = activation, dilation
         self.supports_masking = True
+
+    @property
+    def kept(self):
+        """Number of inputs in the state."""
+        return (self.kernel_size - 1) * self.dilation
 
     def build(self, input_shape):
         channels = input_shape[-1]
@@ -44,12 +53,13 @@ class CausalConv(layers.Layer):
     def call(self, x, mask=None, initial_state=None, return_state=False):
         if mask is not None:
             x = ops.where(ops.expand_dims(mask, -1), x, ops.zeros_like(x))
-        kept = self.kernel_size - 1
+        kept = self.kept
         if initial_state is None:
             seen = ops.pad(x, [(0, 0), (kept, 0), (0, 0)])
         else:
             seen = ops.concatenate([ops.cast(initial_state, x.dtype), x], axis=1)
-        taps = [seen[:, j : j - kept or None] for j in range(self.kernel_size)]
+        starts = range(0, kept + 1, self.dilation)
+        taps = [seen[:, j : j - kept or None] for j in starts]
         y = self._filter(taps)
         return (y, self._last(seen, mask)) if return_state else y
 
@@ -63,7 +73,7 @@ class CausalConv(layers.Layer):
 
     def _last(self, seen, mask):
         """The last inputs, the oldest first, of those that are not masked."""
-        kept = self.kernel_size - 1
+        kept = self.kept
         if mask is None or not kept:
             return seen[:, -kept:] if kept else seen[:, :0]
         valid = ops.pad(ops.cast(mask, "float32"), [(0, 0), (kept, 0)])
@@ -80,14 +90,15 @@ class CausalConv(layers.Layer):
 
     def initial_state(self, batch_size):
         """What was seen before the first step: zeros."""
-        shape = (batch_size, self.kernel_size - 1, self.kernel.shape[-1])
+        shape = (batch_size, self.kept, self.kernel.shape[-1])
         return ops.zeros(shape, dtype=self.compute_dtype)
 
     def step(self, x_t, state):
         """One step: (batch, channels) and the state -> the output and the new state."""
         x_t = ops.cast(ops.convert_to_tensor(x_t), self.compute_dtype)
         seen = ops.concatenate([state, ops.expand_dims(x_t, 1)], axis=1)
-        y = self._filter([seen[:, j] for j in range(self.kernel_size)])
+        starts = range(0, self.kept + 1, self.dilation)
+        y = self._filter([seen[:, j] for j in starts])
         return y, seen[:, 1:]
 
     def compute_output_shape(self, input_shape):

@@ -111,3 +111,19 @@ def test_config_keeps_the_arguments():
     assert (again.kernel_size, again.use_bias, again.activation) == (3, False, "silu")
     again.build((None, None, 2))
     assert len(again.weights) == 1
+
+
+@pytest.mark.parametrize("length", [1, 5, 9])
+def test_dilated_taps_lie_apart(length):
+    layer, x = built(3, dilation=2), inputs(length)
+    kernel, bias = (z.astype("float64") for z in layer.get_weights())
+    seen = np.pad(x.astype("float64"), [(0, 0), (4, 0), (0, 0)])
+    taps = [seen[:, 2 * j : 2 * j + length] for j in range(3)]
+    y, last = layer(x, return_state=True)
+    assert_close(y, sum(k * tap for k, tap in zip(kernel, taps, strict=True)) + bias)
+    assert_close(last, seen[:, -4:], 0)
+    state, outputs = layer.initial_state(2), []
+    for t in range(length):
+        y_t, state = layer.step(x[:, t], state)
+        outputs.append(y_t)
+    assert_close(ops.stack(outputs, axis=1), y, 1e-6)

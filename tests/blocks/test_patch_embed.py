@@ -65,3 +65,45 @@ def test_config_keeps_the_arguments():
     layer = PatchEmbed.from_config(layer.get_config())
     assert (layer.embed_size, layer.patch_size, layer.use_bias) == (5, 3, False)
     assert (layer.initializer, layer.flatten) == ("glorot_uniform", False)
+
+
+def test_zeros_fill_what_the_patches_do_not_cover():
+    layer = PatchEmbed(5, 3, pad=True)
+    layer.build((None, 6, 8, 2))
+    x = rng.normal(size=(1, 6, 8, 2)).astype("float32")
+    padded = np.pad(x, [(0, 0), (0, 0), (0, 1), (0, 0)])
+    whole = embedding()
+    whole.set_weights(layer.get_weights())
+    assert_close(layer(x), whole(padded), 1e-6)
+    assert layer.compute_output_shape((None, 6, 8, 2)) == (None, 6, 5)
+    with pytest.raises(ValueError, match="known size"):
+        PatchEmbed(5, 3, pad=True).build((None, None, 8, 2))
+
+
+def test_patches_may_overlap_and_be_oblong():
+    layer = PatchEmbed(5, [3, 2], stride=[1, 2], norm=True)
+    x = rng.normal(size=(2, 5, 6, 2)).astype("float32")
+    y = to_numpy(layer(x))
+    assert y.shape == layer.compute_output_shape(x.shape) == (2, 3 * 3, 5)
+    kernel, bias = (to_numpy(w) for w in layer.projection.weights)
+    patch = np.einsum("bhwc,hwcd->bd", x[:, 1:4, 2:4].astype("float64"), kernel) + bias
+    patch = patch - patch.mean(-1, keepdims=True)
+    patch = patch / np.sqrt(np.square(patch).mean(-1, keepdims=True) + 1e-5)
+    assert_close(y[:, 3 + 1], patch)  # the second of the second row
+
+
+@pytest.mark.parametrize("sides", [(7,), (4, 3, 5)])
+def test_sequences_and_videos_are_cut_alike(sides):
+    layer = PatchEmbed(5, list(sides))
+    x = rng.normal(size=(2, *sides, 2)).astype("float32")
+    y = to_numpy(layer(x))
+    assert y.shape == layer.compute_output_shape(x.shape) == (2, 1, 5)
+    kernel, bias = (to_numpy(w) for w in layer.projection.weights)
+    assert_close(y[:, 0], x.reshape(2, -1) @ kernel.reshape(-1, 5) + bias)
+
+
+def test_sizes_for_other_axes_are_refused():
+    with pytest.raises(ValueError, match="one for each of the 1 axes"):
+        PatchEmbed(5, [3, 3]).build((None, 6, 2))
+    with pytest.raises(ValueError, match="one to three axes"):
+        PatchEmbed(5, 3).build((None, 6))

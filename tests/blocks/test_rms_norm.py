@@ -35,3 +35,14 @@ def test_large_half_precision_inputs_stay_finite():
     y = layer(x)
     assert keras.backend.standardize_dtype(y.dtype) == "float16"
     assert_close(y, np.ones((1, 16)), 1e-3)  # three digits of float16
+
+
+def test_zero_centred_scale_is_one_plus_the_weight():
+    x = rng.normal(size=(2, 5)).astype("float32")
+    centred, plain = RMSNorm(zero_centered=True), RMSNorm()
+    assert_close(centred(x), plain(x), 1e-6)
+    assert_close(centred.gamma, np.zeros(5), 0)
+    gamma = rng.normal(size=5)
+    centred.set_weights([gamma])
+    plain.set_weights([1 + gamma])
+    assert_close(centred(x), plain(x), 1e-6)
