@@ -10,24 +10,17 @@ one-hot matrices do the same: they suit every exporter, but cost e · n.
 
 from keras import ops
 
+from keras_edifice.ops.positions import positions
 from keras_edifice.ops.tracing import exporting
 
 REDUCTIONS = ("sum", "mean", "max", "min")
 _EMPTY = {"max": -1e30, "min": 1e30}
 
 
-def node_positions(nodes):
-    """0, 1, ... along the node axis of (b, n, ...), for any n. (n,), float32."""
-    first = nodes[0]
-    while len(first.shape) > 1:
-        first = first[:, 0]
-    return ops.cumsum(ops.ones_like(ops.cast(first, "float32")), axis=0) - 1.0
-
-
 def one_hot_nodes(index, nodes):
     """Which node each index is: (b, e) -> (b, e, n), zeros for a negative index."""
     index = ops.expand_dims(ops.cast(index, "float32"), -1)
-    return ops.cast(index == node_positions(nodes), "float32")
+    return ops.cast(index == positions(nodes), "float32")
 
 
 def gather_nodes(nodes, index):
@@ -177,7 +170,7 @@ def normalize_adjacency(
     """
     adjacency = ops.cast(adjacency, "float32")
     if add_self_loops:
-        at = node_positions(adjacency)
+        at = positions(adjacency)
         diagonal = ops.expand_dims(at, 1) == ops.expand_dims(at, 0)
         adjacency = ops.where(diagonal, 2.0 if improved else 1.0, adjacency)
     if node_mask is not None:

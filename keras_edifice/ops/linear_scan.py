@@ -17,6 +17,7 @@ import math
 
 from keras import backend, ops
 
+from keras_edifice.ops.positions import positions
 from keras_edifice.ops.tracing import exporting, static_length
 
 RADIX = 16
@@ -144,10 +145,7 @@ def doubling(decay, inputs, state, reverse=False):
         return ops.flip(flipped, axis=0)
     first = inputs[:1] + decay[:1] * ops.expand_dims(state, 0)
     inputs = ops.concatenate([first, inputs[1:]], axis=0)
-    column = inputs
-    while len(column.shape) > 1:
-        column = column[:, 0]
-    position = ops.cumsum(ops.ones_like(column), axis=0) - 1.0  # (t,)
+    position = positions(inputs, axis=0)
     length = static_length(inputs, 0) or LONGEST
     for r in range(math.ceil(math.log2(length))):
         inputs, decay = doubling_round(decay, inputs, position, 2**r)
