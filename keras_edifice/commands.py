@@ -289,6 +289,103 @@ def export(
 
 
 @app.command()
+def bench(
+    ctx: typer.Context,
+    what: Annotated[str, typer.Argument(help="ops: the operations over time.")],
+    operations: Annotated[
+        str | None, typer.Option(help="a,b,c instead of all operations.")
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Steps of the sequences.")
+    ] = "512,1024,2048,4096",
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 4,
+    width: Annotated[int, typer.Option(help="Features of a step.")] = 256,
+    against: Annotated[
+        bool,
+        typer.Option(
+            "--against",
+            help="At length 1024 run independent PyTorch implementations too.",
+        ),
+    ] = False,
+    backend: Backend = None,
+    chart: Annotated[
+        Path | None, typer.Option(help="FILE.svg, FILE.png or FILE.html for a chart.")
+    ] = None,
+    as_json: Json = False,
+):
+    """Measure time and memory of forward and backward pass, by length.
+
+    Without --backend every installed backend is measured, each in its own process.
+    """
+    if what != "ops":
+        raise ValueError(f"bench measures 'ops', received {what!r}")
+    if backend is not None:
+        _use(ctx, backend)
+    _use()
+    from keras_edifice.benchmark import operations as measured
+
+    names = operations.split(",") if operations else None
+    measured.operations(names)
+    sizes = [_length(text) for text in lengths.split(",")]
+    progress = _console(stderr=True)
+
+    def tell(line):
+        progress.print(line, soft_wrap=True)
+
+    if backend is not None:
+        draw = measured.Draw(batch, width)
+        rows = measured.measure(names, sizes, draw, against, tell)
+    else:
+        arguments = ["--lengths", lengths, "--batch", str(batch), "--width", str(width)]
+        arguments += ["--operations", operations] if operations else []
+        arguments += ["--against"] if against else []
+        rows = []
+        for name in filter(selection.installed, selection.BACKENDS):
+            rows += measured.measure_on(name, arguments)
+    if as_json:
+        print(measured.to_json(rows))
+    else:
+        _show_operations(_console(), rows)
+    if chart is not None:
+        from keras_edifice.benchmark.charts import save_chart
+
+        save_chart(rows, chart)
+        progress.print(f"chart: {chart.resolve()}", soft_wrap=True)
+
+
+def _length(text):
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"lengths must be numbers such as 512,1024, received {text!r}")
+    return int(text)
+
+
+def _show_operations(out, rows):
+    from keras_edifice.benchmark.operations import growth
+
+    table = _table("operation", "implementation", "length", "ms", "range", "MB")
+    previous = None
+    for row in sorted(rows, key=lambda row: (row.operation, row.implementation)):
+        if row.operation != previous:
+            table.add_section()
+        same, previous = row.operation == previous, row.operation
+        table.add_row(
+            "" if same else row.operation,
+            row.implementation,
+            str(row.length),
+            f"{row.milliseconds:.1f}",
+            f"{row.fastest:.1f} to {row.slowest:.1f}",
+            "" if row.megabytes is None else f"{row.megabytes:.0f}",
+        )
+    out.print(table)
+    for (operation, implementation), factors in growth(rows).items():
+        text = ", ".join(f"{name} {factor:.2f}x" for name, factor in factors.items())
+        out.print(
+            f"{operation}, {implementation}: twice the length costs at most {text}",
+            soft_wrap=True,
+        )
+
+
+@app.command()
 def doctor(as_json: Json = False):
     """Say what is installed, and what each missing part costs."""
     unusable = _unusable()

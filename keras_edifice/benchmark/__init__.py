@@ -1,0 +1,1 @@
+"""How fast operations and architectures are, and how much memory they take."""

@@ -1,0 +1,70 @@
+"""The chart of measured operations: time and memory against length, by backend."""
+
+from pathlib import Path
+
+from keras_edifice.backends.selection import install_command
+
+COLUMNS = 3
+SIZE = 210
+
+
+def save_chart(rows, path):
+    """Writes time and memory of the operations as SVG, PNG or HTML.
+
+    Args:
+        rows: of `measure`.
+        path: the file; its ending says what it is.
+
+    Raises:
+        ImportError: Vega-Altair or vl-convert is not installed.
+        ValueError: the ending is another one.
+    """
+    path = Path(path)
+    if path.suffix not in (".svg", ".png", ".html"):
+        raise ValueError(f"chart must end in .svg, .png or .html, received {path.name}")
+    try:
+        import altair as alt
+        import vl_convert  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"the chart needs {error.name}, which is not installed; "
+            f"run: {install_command('report')}"
+        ) from None
+    panels = [_panels(alt, rows, "milliseconds", "ms")]
+    if any(row.megabytes is not None for row in rows):
+        panels.append(_panels(alt, rows, "megabytes", "MB"))
+    chart = alt.vconcat(*panels).configure(font="sans-serif", background="white")
+    chart.save(str(path), **({"scale_factor": 2} if path.suffix == ".png" else {}))
+
+
+def _panels(alt, rows, field, unit):
+    """A panel for each operation: `field` against length, both logarithmic."""
+    values = [
+        {
+            "operation": row.operation,
+            "implementation": row.implementation,
+            "length": row.length,
+            field: max(getattr(row, field), 0.1),
+        }
+        for row in rows
+        if getattr(row, field) is not None
+    ]
+    lengths = sorted({row.length for row in rows})
+    lines = (
+        alt.Chart(alt.Data(values=values))
+        .mark_line(point=True)
+        .encode(
+            x=alt.X("length:Q")
+            .scale(type="log", base=2, domain=[lengths[0], lengths[-1]])
+            .axis(values=lengths, format="d"),
+            y=alt.Y(f"{field}:Q", title=unit).scale(type="log"),
+            color=alt.Color("implementation:N", title=None).legend(
+                orient="top", columns=COLUMNS, labelLimit=400
+            ),
+        )
+        .properties(width=SIZE, height=SIZE * 0.7)
+    )
+    title = {"milliseconds": "Time", "megabytes": "Memory"}[field]
+    return lines.facet(
+        alt.Facet("operation:N", title=None), columns=COLUMNS
+    ).properties(title=f"{title} of a forward and backward pass, {unit}")
