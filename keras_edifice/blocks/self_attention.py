@@ -12,6 +12,7 @@ from keras import layers, ops
 
 from keras_edifice.blocks.composite import Composite
 from keras_edifice.blocks.initializers import matrix_initializer
+from keras_edifice.ops.attention import sdpa
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
@@ -60,18 +61,19 @@ class SelfAttention(Composite):
         self.out.build(input_shape)
 
     def call(self, x, mask=None, training=False):
-        q, k, v = self._heads(x)
-        weights = self.drop(_weights(q, k, mask), training=training)
-        y = ops.einsum("bhts,bshd->bthd", ops.cast(weights, v.dtype), v)
+        dropping = {}
+        if training and self.dropout:
+            dropping = dict(dropout=self.dropout, seed=self.drop.seed_generator)
+        y = sdpa(*self._heads(x), mask=mask, **dropping)
         return self.out(ops.reshape(y, ops.shape(x)))
 
     def attention_weights(self, x, mask=None):
         """How much each token looks at each other: (b, heads, tokens, tokens).
 
-        Rows sum to one. In float32.
+        Rows sum to one, to zero where a mask leaves nothing to see. In float32.
         """
-        q, k, _ = self._heads(ops.convert_to_tensor(x))
-        return _weights(q, k, mask)
+        heads = self._heads(ops.convert_to_tensor(x))
+        return sdpa(*heads, mask=mask, return_weights=True)[1]
 
     def _heads(self, x):
         batch, tokens, features = ops.shape(x)
@@ -81,11 +83,3 @@ class SelfAttention(Composite):
 
     def compute_output_shape(self, input_shape):
         return input_shape
-
-
-def _weights(q, k, mask):
-    scale = q.shape[-1] ** -0.5
-    scores = ops.cast(ops.einsum("bthd,bshd->bhts", q * scale, k), "float32")
-    if mask is not None:
-        scores = ops.where(ops.expand_dims(mask, (1, 2)), scores, -1e9)
-    return ops.softmax(scores, axis=-1)
