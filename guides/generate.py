@@ -3,20 +3,29 @@
     python guides/generate.py            # writes
     python guides/generate.py --check    # fails if something is out of date
 
-`guides/architectures.md` and the families in README.md come from the registry;
-`guides/fidelity.md` from the measurements in build/fidelity, where there are any.
+`guides/architectures.md` and the families in README.md come from the registry, the
+table in `guides/building_blocks.md` from the blocks, that in `guides/performance.md`
+from `guides/performance.json` and `guides/fidelity.md` from build/fidelity, where there
+are such measurements.
 """
 
 import argparse
+import inspect
 import json
 import re
 import sys
 from pathlib import Path
 
 import keras_edifice
+from keras_edifice.benchmark.operations import Row, growth
 
 ROOT = Path(__file__).parent.parent
-FAMILIES = re.compile(r"(<!-- families -->\n).*?(<!-- end of families -->)", re.DOTALL)
+
+
+def between(text, mark, new):
+    """The text with what stands between the comments `mark` replaced."""
+    pattern = rf"(<!-- {mark} -->\n).*?(<!-- end of {mark} -->)"
+    return re.sub(pattern, lambda m: m[1] + new + m[2], text, flags=re.DOTALL)
 
 
 def family_title(family):
@@ -107,14 +116,59 @@ def fidelity(folder):
     return "\n".join(lines) + "\n"
 
 
+def blocks():
+    """The layers of the folder blocks, and what each does to its input."""
+    lines = ["| layer | what it does |", "|---|---|"]
+    for name in sorted(keras_edifice.layers.__all__):
+        layer = getattr(keras_edifice.layers, name)
+        if layer.__module__.startswith("keras_edifice.blocks."):
+            lines.append(
+                f"| `{name}` | {cell(inspect.getdoc(layer).splitlines()[0])} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def operations(rows):
+    """The measured operations: time and memory by length, growth, comparison."""
+    rows = [Row(**row) for row in rows]
+    lengths = sorted(
+        {row.length for row in rows if "keras_edifice" in row.implementation}
+    )
+    head = "".join(f" {n} | MB |" for n in lengths)
+    lines = [
+        f"| operation | implementation |{head} time x | memory x |",
+        "|---|---|" + "---|" * (2 * len(lengths) + 2),
+    ]
+    factors = growth(rows)
+    for key in dict.fromkeys((r.operation, r.implementation) for r in rows):
+        own = {r.length: r for r in rows if (r.operation, r.implementation) == key}
+        cells = [_measured(own.get(n)) for n in lengths]
+        worst = [
+            f"{factors[key][n]:.2f}" if key in factors else ""
+            for n in ("time", "memory")
+        ]
+        lines.append("| " + " | ".join([*key, *cells, *worst]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _measured(row):
+    return " | " if row is None else f"{row.milliseconds:.0f} | {row.megabytes:.0f}"
+
+
 def documents():
     """Path -> its text as it should be. The fidelity page only where measured."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    found = {
-        ROOT / "guides" / "architectures.md": architectures(),
-        readme: FAMILIES.sub(lambda m: m[1] + families() + m[2], text),
-    }
+    guides = ROOT / "guides"
+    found = {guides / "architectures.md": architectures()}
+    parts = [
+        (ROOT / "README.md", "families", families()),
+        (guides / "building_blocks.md", "blocks", blocks()),
+    ]
+    performance = guides / "performance.json"
+    if performance.exists():
+        table = operations(json.loads(performance.read_text()))
+        parts.append((guides / "performance.md", "operations", table))
+    for path, mark, new in parts:
+        found[path] = between(path.read_text(), mark, new)
     measured = ROOT / "build" / "fidelity"
     if all(
         (measured / f"{n}.json").exists() for n in keras_edifice.list_architectures()

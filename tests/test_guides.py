@@ -25,6 +25,17 @@ def test_fidelity_page_has_a_row_within_the_limit(name):
     assert all(0 <= float(figure) <= 1e-4 for figure in row.groups())
 
 
+def test_the_hybrid_of_the_building_blocks_learns_and_streams():
+    text = (ROOT / "guides" / "building_blocks.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    seed = "import keras\nkeras.utils.set_random_seed(0)\n"
+    done = run(["-c", seed + code], ROOT)
+    assert done.returncode == 0, done.stderr
+    *_, accuracy, counted = done.stdout.splitlines()
+    assert float(accuracy.removeprefix("accuracy ")) > 0.9
+    assert counted == "[5, 6, 7, 8, 9, 10]"
+
+
 def test_the_example_of_a_new_architecture_works(tmp_path):
     """The file in CONTRIBUTING.md is all that a new architecture needs."""
     text = (ROOT / "CONTRIBUTING.md").read_text()

@@ -35,7 +35,11 @@ def _torch(function, args, cotangent):
 
     again = torch.is_grad_enabled()  # then the gradient is itself part of the graph
     with torch.enable_grad():
-        args = [x if x.requires_grad else x.detach().requires_grad_() for x in args]
+        # A view is not on the path from one argument to another computed from it.
+        args = [
+            x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            for x in args
+        ]
         value = function(*args)
         if not value.requires_grad:  # constant in every argument
             return value, [torch.zeros_like(x) for x in args]

@@ -62,13 +62,14 @@ def _linear_scan(decay, inputs, state):
     """`linear_scan` with time on axis 0 and the backward pass as a scan of its own."""
     scan = blocked if static_length(inputs, 0) else doubling
     states = scan(decay, inputs, state)
+    kept = ops.stop_gradient(states)  # PyTorch never frees what its own gradient holds
 
     def gradient(*args, upstream=None):
         upstream = args[0] if upstream is None else upstream
         # λ_t = ∂/∂h_t + a_{t+1} λ_{t+1}; the ones multiply a λ of zero.
         later = ops.concatenate([decay[1:], ops.ones_like(decay[:1])], axis=0)
         adjoint = scan(later, upstream, ops.zeros_like(state), reverse=True)
-        previous = _shifted(states, state, reverse=False)
+        previous = _shifted(kept, state, reverse=False)
         return adjoint * previous, adjoint, decay[0] * adjoint[0]
 
     return states, gradient

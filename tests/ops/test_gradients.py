@@ -44,6 +44,21 @@ def test_an_argument_without_influence_has_gradient_zero():
     assert_close(found[0], np.zeros(3))
 
 
+class Square(layers.Layer):
+    """∂(a b)/∂a for a = x and b = x²: the way from a to b is not part of it."""
+
+    def call(self, x):
+        b = x**2
+        return vjp(lambda a, b: a * b, [x, b], ops.ones_like(x))[1][0]
+
+
+def test_arguments_computed_from_one_another_count_as_independent():
+    x = rng.normal(size=(4, 3)).astype("float32")
+    assert_close(Square()(x), x**2)
+    _, by_input = gradients(Square(), x, ops.sum)
+    assert_close(by_input, 2 * x)
+
+
 def test_half_precision_rows_are_summed_in_float32():
     x = ops.cast(np.ones((4096, 1), "float32"), "bfloat16")
     found = grad_sum(lambda x: x * 3.0, x)

@@ -1,10 +1,15 @@
+import math
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from keras_edifice.ops.special import entmax15, sparsemax
+from keras_edifice.exporting import export
+from keras_edifice.model import EdificeModel
+from keras_edifice.ops.special import digamma, entmax15, lgamma, sparsemax
 from tests.support.close import assert_close, to_numpy
+from tests.support.compiled import compiled
 from tests.support.gradients import gradients
 from tests.support.numerical import numerical_gradient
 
@@ -118,3 +123,108 @@ def test_half_precision_is_computed_in_float32(function):
     rounded = to_numpy(ops.cast(ops.cast(z, "bfloat16"), "float32"))
     # The result has eight bits, and so one part in 256 of rounding.
     assert_close(ops.cast(p, "float32"), by_bisection(rounded, function), 4e-3)
+
+
+POSITIVE = np.concatenate(
+    [np.geomspace(1e-3, 1e3, 2001), np.linspace(0.9, 3.1, 201), [1.0, 2.0, 3.0]]
+).astype("float32")
+
+
+def log_gamma(x):
+    return np.vectorize(math.lgamma)(np.asarray(x, "float64"))
+
+
+def psi(x):
+    """ψ(x) = ψ(x + 1) - 1/x up to 100, where the series has two terms to give."""
+    x, total = np.array(x, "float64"), 0.0
+    for _ in range(100):
+        total, x = total - 1.0 / x, x + 1.0
+    return total + np.log(x) - 0.5 / x - 1 / (12 * x**2) + 1 / (120 * x**4)
+
+
+def psi_slope(x):
+    """ψ'(x) = ψ'(x + 1) + 1/x², in the same way."""
+    x, total = np.array(x, "float64"), 0.0
+    for _ in range(100):
+        total, x = total + 1.0 / x**2, x + 1.0
+    return total + 1 / x + 0.5 / x**2 + 1 / (6 * x**3) - 1 / (30 * x**5)
+
+
+def test_the_reference_of_digamma_is_the_slope_of_lgamma():
+    x = np.geomspace(0.1, 100.0, 9)
+    slope = numerical_gradient(lambda x: log_gamma(x).sum(), x)
+    assert_close(psi(x), slope, 1e-6)
+    assert_close(psi(1.0), -0.57721566490153286, 1e-12)
+    slope = numerical_gradient(lambda x: psi(x).sum(), x)
+    assert_close(psi_slope(x), slope, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "reference"), [(lgamma, log_gamma), (digamma, psi)]
+)
+def test_values_over_six_decades(function, reference):
+    found = to_numpy(compiled(function)(ops.convert_to_tensor(POSITIVE)))
+    expected = reference(POSITIVE)
+    # Both functions have zeros, near which the error is absolute.
+    error = np.abs(found - expected) / np.maximum(1.0, np.abs(expected))
+    assert error.max() < 1e-6
+
+
+@pytest.mark.parametrize("x", [1e-30, 1e-8, 1e8, 1e30])
+def test_far_outside_nothing_overflows(x):
+    x = np.float32(x)
+    both = compiled(lambda x: (lgamma(x), digamma(x)))
+    found = both(ops.convert_to_tensor(x[None]))
+    assert_close(found[0], log_gamma(x[None]), 1e-6)
+    assert_close(found[1], psi(x[None]), 1e-6)
+
+
+@pytest.mark.parametrize(("function", "slope"), [(lgamma, psi), (digamma, psi_slope)])
+def test_slopes_are_those_of_the_functions(function, slope):
+    x = np.concatenate([np.geomspace(1e-2, 1e3, 101), [1e-6, 1.0, 2.0, 3.0, 1e20]])
+    x = x.astype("float32")
+    model = as_model(function, len(x))
+    _, by_input = gradients(model, x[None], ops.sum)
+    assert_close(by_input[0], slope(x), 1e-6)
+
+
+@pytest.mark.parametrize("function", [lgamma, digamma])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gamma_functions_of_half_precision_are_computed_in_float32(function, dtype):
+    x = ops.cast(ops.convert_to_tensor(POSITIVE[::40]), dtype)
+    y = function(x)
+    assert keras.backend.standardize_dtype(y.dtype) == dtype
+    exact = ops.cast(function(ops.cast(x, "float32")), dtype)
+    assert_close(ops.cast(y, "float32"), ops.cast(exact, "float32"), 0)
+
+
+@keras.saving.register_keras_serializable("tests")
+class GammaFunctions(keras.layers.Layer):
+    """(batch, features) -> the same: ln Γ and ψ of positive numbers."""
+
+    def call(self, x):
+        x = 0.1 + ops.square(x)
+        return lgamma(x) + digamma(x) * sparsemax(x)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+@pytest.mark.parametrize("format", ["onnx", "saved_model"])
+def test_gamma_functions_are_exported(format, tmp_path):
+    inputs = keras.Input((5,), name="inputs")
+    x = keras.layers.Dense(4)(inputs)
+    model = EdificeModel(inputs, GammaFunctions()(x), name="gamma")
+    path = tmp_path / ("model.onnx" if format == "onnx" else "model")
+    assert export(model, path, format) <= 1e-5
+
+
+def test_gamma_functions_train_in_fit():
+    inputs = keras.Input((5,))
+    x = GammaFunctions()(keras.layers.Dense(4)(inputs))
+    model = keras.Model(inputs, x)
+    jit = keras.backend.backend() != "torch"
+    model.compile(keras.optimizers.Adam(1e-2), loss="mse", jit_compile=jit)
+    x = rng.normal(size=(32, 5)).astype("float32")
+    history = model.fit(x, np.zeros((32, 4), "float32"), epochs=5, verbose=0)
+    assert history.history["loss"][-1] < history.history["loss"][0]

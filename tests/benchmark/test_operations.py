@@ -1,0 +1,125 @@
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import keras_edifice.ops
+from keras_edifice.backends import selection
+from keras_edifice.benchmark import operations as module
+from keras_edifice.benchmark.charts import save_chart
+from keras_edifice.benchmark.measure import peak_bytes, seconds
+from keras_edifice.benchmark.operations import Draw, Row, growth, operations
+from keras_edifice.commands import app
+
+
+@pytest.mark.parametrize("case", operations(), ids=lambda case: case.name)
+def test_every_case_runs_forward_and_backward(case):
+    draw = Draw(batch=2, width=8, heads=2)
+    (row,) = module.measure([case.name], [16], draw, False, lambda line: None, 0.0)
+    assert row.operation == case.name and row.length == 16
+    assert row.implementation == f"keras_edifice, {keras.backend.backend()}"
+    assert 0 < row.fastest <= row.milliseconds <= row.slowest
+
+
+def test_every_operation_with_a_step_has_a_case():
+    recurrences = set()
+    for found in pkgutil.iter_modules(keras_edifice.ops.__path__, "keras_edifice.ops."):
+        source = importlib.import_module(found.name)
+        for name, value in vars(source).items():
+            local = getattr(value, "__module__", None) == found.name
+            if local and name.endswith("_step") and not name.startswith("_"):
+                recurrences.add(found.name.rpartition(".")[2])
+    text = Path(module.__file__).read_text()
+    missing = {name for name in recurrences if f"ops.{name} import" not in text}
+    # The kernels of state spaces run through the long convolution; the steps of an
+    # integrator are no steps of a sequence.
+    assert missing <= {"state_space", "ode"}
+
+
+def test_unknown_operation_is_refused():
+    with pytest.raises(ValueError, match="unknown operation 'scan'; they are diagonal"):
+        operations(["scan"])
+
+
+def rows():
+    return [
+        Row("scan", "ours", n, ms, ms, ms, mb)
+        for n, ms, mb in [(512, 1.0, 4.0), (1024, 2.5, 8.0), (2048, 4.0, 16.4)]
+    ]
+
+
+def test_growth_is_the_largest_of_the_doublings():
+    factors = growth(rows())["scan", "ours"]
+    assert factors == pytest.approx({"time": 2.5, "memory": 2.05})
+
+
+def test_memory_of_a_call_is_seen():
+    if peak_bytes(lambda: None) is None:
+        pytest.skip("this system does not tell the peak of a process")
+    peak = peak_bytes(lambda: np.ones(2**23).sum())
+    assert 0.9 * 2**26 < peak < 1.5 * 2**26
+
+
+def test_times_are_ordered():
+    median, least, most = seconds(lambda: sum(range(1000)), least=0.0, calls=5)
+    assert 0 < least <= median <= most
+
+
+@pytest.mark.parametrize("ending", ["svg", "html"])
+def test_chart_is_written(ending, tmp_path):
+    path = tmp_path / f"chart.{ending}"
+    save_chart(rows(), path)
+    assert "ours" in path.read_text()
+
+
+def test_chart_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"\.svg, \.png or \.html, received a\.gif"):
+        save_chart(rows(), tmp_path / "a.gif")
+
+
+def test_command_prints_a_table_and_json(tmp_path):
+    command = ["ops", "--operations", "diagonal scan", "--lengths", "4,8"]
+    command += ["--width", "8", "--batch", "1", "--backend", keras.backend.backend()]
+    chart = tmp_path / "chart.svg"
+    done = CliRunner().invoke(app, ["bench", *command, "--chart", str(chart)])
+    assert done.exit_code == 0, done.output
+    assert "diagonal scan" in done.stdout and "twice the length" in done.stdout
+    assert chart.exists()
+    done = CliRunner().invoke(app, ["bench", *command, "--json"])
+    assert [row["length"] for row in json.loads(done.stdout)] == [4, 8]
+
+
+def test_without_a_backend_each_installed_one_is_measured(monkeypatch):
+    asked = []
+
+    def measure_on(backend, arguments):
+        asked.append((backend, arguments))
+        return rows()
+
+    monkeypatch.setattr(module, "measure_on", measure_on)
+    done = CliRunner().invoke(app, ["bench", "ops", "--against", "--json"])
+    assert done.exit_code == 0, done.output
+    installed = [name for name in selection.BACKENDS if selection.installed(name)]
+    assert [backend for backend, _ in asked] == installed
+    assert all("--against" in arguments for _, arguments in asked)
+    assert len(json.loads(done.stdout)) == 3 * len(installed)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["sums"], "bench measures 'ops', received 'sums'"),
+        (["ops", "--lengths", "4,x"], "lengths must be numbers such as"),
+        (["ops", "--operations", "other"], "unknown operation 'other'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, message):
+    done = CliRunner().invoke(app, ["bench", *arguments])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1
