@@ -423,9 +423,9 @@ def _channel_products(rows, columns, log_decay):
     found = ops.sum(ops.expand_dims(rows, 1) * columns, axis=-1, keepdims=True)
     found = _blocks(found, 1)  # (r, c, n, b, h * size, 1, 1)
     for half, since, until in _levels(log_decay):
-        x = _paired(_blocks(rows, half))[1] * since
+        x = ops.expand_dims(_paired(_blocks(rows, half))[1] * since, 1)
         y = _paired(_blocks(columns, half))[0] * until
-        corner = ops.einsum("rnbmtk,cnbmsk->rcnbmts", x, y)  # m: heads * pairs
+        corner = ops.matmul(x, _transposed(y))  # (r, c, n, b, h * pairs, half, half)
         first, second = _paired(found)
         found = _assembled(first, corner, second)
 
@@ -444,21 +444,28 @@ def _channel_gradients(rows, columns, log_decay, upstream):
     """
     diagonal = ops.multiply(upstream, np.eye(rows.shape[-2], dtype="float32"))
     diagonal = ops.sum(diagonal, axis=-1, keepdims=True)
-    by_rows = _blocks(ops.sum(diagonal * columns, axis=1), 1)
-    by_columns = _blocks(ops.sum(diagonal * ops.expand_dims(rows, 1), axis=0), 1)
+    by_rows = _blocks(_added_up(diagonal * columns, 1), 1)
+    by_columns = _added_up(diagonal * ops.expand_dims(rows, 1), 0)
+    by_columns = _blocks(by_columns, 1)
     for half, since, until in _levels(log_decay):
-        x = _paired(_blocks(rows, half))[1] * since
+        x = ops.expand_dims(_paired(_blocks(rows, half))[1] * since, 1)
         y = _paired(_blocks(columns, half))[0] * until
         corner = _diagonal_corners(upstream, half)
-        by_x = since * ops.einsum("rcnbmts,cnbmsk->rnbmtk", corner, y)
-        by_y = until * ops.einsum("rcnbmts,rnbmtk->cnbmsk", corner, x)
+        by_x = since * _added_up(ops.matmul(corner, y), 1)
+        by_y = until * _added_up(ops.matmul(_transposed(corner), x), 0)
         first, second = _paired(by_rows)
         by_rows = ops.concatenate([first, second + by_x], axis=-2)
         first, second = _paired(by_columns)
         by_columns = ops.concatenate([first + by_y, second], axis=-2)
-    by_sum = ops.sum(rows * by_rows, axis=0) - ops.sum(columns * by_columns, axis=0)
+    by_sum = _added_up(rows * by_rows, 0) - _added_up(columns * by_columns, 0)
     by_decay = ops.flip(ops.cumsum(ops.flip(by_sum, -2), axis=-2), -2)
     return by_rows, by_columns, by_decay
+
+
+def _added_up(x, axis):
+    """Sum over a short axis; as a reduction, XLA crashes on it on a processor."""
+    first, *others = ops.unstack(x, num=x.shape[axis], axis=axis)
+    return sum(others, first)
 
 
 def _levels(log_decay):
