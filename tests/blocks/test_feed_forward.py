@@ -60,7 +60,8 @@ def test_closed_gate_gives_zeros():
 
 
 def test_width_is_rounded_up_to_a_multiple():
-    assert built(GatedFFN(multiple_of=256), 4096).width == 11008  # Llama 2, 7B
+    llama = GatedFFN(multiple_of=256)
+    assert llama._default_width(4096) == 11008  # Llama 2, 7B, too large to build here
     assert built(GatedFFN(expansion=3.0), 10).width == 20
     assert built(FeedForward(), 4).width == 16
 
