@@ -23,8 +23,8 @@ from keras import Input, layers, ops
 
 from keras_edifice.blocks.dense_stack import dense_stack
 from keras_edifice.blocks.heads import class_scores
-from keras_edifice.blocks.step_scan import step_scan
 from keras_edifice.model import EdificeModel
+from keras_edifice.ops.step_scan import step_scan
 from keras_edifice.ops.tracing import exporting
 from keras_edifice.options import Activation, Fraction, Positive, Range, Size, check
 from keras_edifice.registry import architecture

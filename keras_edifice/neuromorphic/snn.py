@@ -15,9 +15,9 @@ import numpy as np
 from keras import Input, initializers, layers, ops
 
 from keras_edifice.blocks.composite import Composite
-from keras_edifice.blocks.step_scan import step_scan
 from keras_edifice.model import EdificeModel
 from keras_edifice.ops.spikes import spike
+from keras_edifice.ops.step_scan import step_scan
 from keras_edifice.ops.tracing import exporting
 from keras_edifice.options import Fraction, Positive, Size
 from keras_edifice.registry import architecture

@@ -26,6 +26,7 @@ from keras_edifice.ops.masks import (
     rank_4,
     visible,
 )
+from keras_edifice.ops.precision import exact_dtype
 from keras_edifice.ops.tracing import exporting, static_length
 
 BLOCK_SIZE = 256
@@ -132,7 +133,7 @@ def _biases(q, k, bias, slopes, q_offset):
 
 def _plain(q, k, v, scale, bias, mask, dropout, seed, logit_soft_cap, sinks):
     """The equations of the module. Gives the output and the weights."""
-    dtype, exact = q.dtype, _exact_dtype(q)
+    dtype, exact = q.dtype, exact_dtype(q)
     q, k, v = (ops.transpose(ops.cast(x, exact), (0, 2, 1, 3)) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     open_length = static_length(q, 2) is None or static_length(k, 2) is None
@@ -292,7 +293,7 @@ def blockwise_sdpa(
         by_keys = mask is None or (not causal and mask.shape[2] == 1)
         if by_keys and _plainly_causal(q, k, **visibility):  # the kernel has blocks
             return _fused(q, k, v, scale, None, mask, causal)
-    dtype, exact = q.dtype, _exact_dtype(q)
+    dtype, exact = q.dtype, exact_dtype(q)
     q, k, v = (ops.transpose(ops.cast(x, exact), (0, 2, 1, 3)) for x in (q, k, v))
     learned = []
     if bias is not None:
@@ -555,7 +556,3 @@ def _put(blocks, index, block):
     return ops.scatter_update(
         blocks, ops.reshape(index, (1, 1)), ops.expand_dims(block, 0)
     )
-
-
-def _exact_dtype(x):
-    return "float64" if backend.standardize_dtype(x.dtype) == "float64" else "float32"

@@ -26,6 +26,7 @@ import numpy as np
 from keras import backend, ops
 
 from keras_edifice.ops.linear_scan import LONGEST
+from keras_edifice.ops.precision import exact_dtype
 from keras_edifice.ops.tracing import exporting, static_length
 
 SMALL = 16
@@ -64,7 +65,7 @@ def delta_rule(
         (batch, heads, key, value) in float32 (float64 for float64 values).
     """
     time, keys, dtype = ops.shape(q)[1], q.shape[-1], v.dtype
-    length, size, exact = static_length(q), _chunk_size(q, chunk_size), _exact_dtype(v)
+    length, size, exact = static_length(q), _chunk_size(q, chunk_size), exact_dtype(v)
     q, k, v, beta, log_decay = (
         _in_chunks(x, length, size, exact) for x in (q, k, v, beta, log_decay)
     )
@@ -97,7 +98,7 @@ def delta_rule_step(q, k, v, beta, log_decay, state):
     Returns:
         (batch, heads, value) in the dtype of v, and the new state.
     """
-    dtype, exact = v.dtype, _exact_dtype(v)
+    dtype, exact = v.dtype, exact_dtype(v)
     q, k, v, beta, state = (ops.cast(x, exact) for x in (q, k, v, beta, state))
     state = _decayed(state, log_decay)
     error = v - _read(state, k)
@@ -136,7 +137,7 @@ def dplr(
         As `delta_rule`.
     """
     time, keys, dtype = ops.shape(q)[1], q.shape[-1], v.dtype
-    length, size, exact = static_length(q), _chunk_size(q, chunk_size), _exact_dtype(v)
+    length, size, exact = static_length(q), _chunk_size(q, chunk_size), exact_dtype(v)
     q, k, v, a, b, log_decay = (
         _in_chunks(x, length, size, exact) for x in (q, k, v, a, b, log_decay)
     )
@@ -174,7 +175,7 @@ def dplr_step(q, k, v, a, b, log_decay, state):
     Returns:
         (batch, heads, value) in the dtype of v, and the new state.
     """
-    dtype, exact = v.dtype, _exact_dtype(v)
+    dtype, exact = v.dtype, exact_dtype(v)
     q, k, v, a, b, state = (ops.cast(x, exact) for x in (q, k, v, a, b, state))
     removed = _outer(b, _read(state, a))
     state = _decayed(state, log_decay) + removed + _outer(k, v)
@@ -297,7 +298,7 @@ def _chunk_size(q, chunk_size):
         raise ValueError(f"chunk_size must be at least 1, received {chunk_size}")
     length = static_length(q)
     if length is None and backend.backend() == "jax":
-        return 1  # a symbolic length cannot be split
+        return 1  # a symbolic length, which only exports have, cannot be split
     return _power_of_two(min(chunk_size, length or chunk_size))
 
 
@@ -546,8 +547,8 @@ def _over_chunks(
 def _chunk_scan(
     system, rows, targets, reads, mix, writes, decay, state, own=None, added=None
 ):
-    """`_over_chunks`; what a chunk computes again is less than what it would keep."""
-    keys, size = rows.shape[-1], rows.shape[-2]
+    """`_over_chunks`, with the backward pass by hand."""
+    keys = rows.shape[-1]
     inverse = unit_lower_inverse(system)
     solved = ops.matmul(inverse, ops.concatenate([rows, targets], axis=-1))
     rows, targets = solved[..., :keys], solved[..., keys:]
@@ -559,38 +560,52 @@ def _chunk_scan(
 
     def gradient(*args, upstream=None):
         upstream = args[0] if upstream is None else upstream
-        by_y = _split(upstream[:, :-keys], size)
+        by_y = _split(upstream[:, :-keys], mix.shape[-1])
         by_last = ops.swapaxes(upstream[:, -keys:], 1, 2)
         by_last = ops.reshape(by_last, ops.shape(state))  # TensorFlow forgot the keys
-        # The adjoint of the state runs through the same recurrence, from the end.
-        after, by_state, by_u = _recurrence(
-            writes,
-            ops.matmul(_transposed(mix), by_y),
-            _transposed(rows),
-            decay,
-            ops.matmul(_transposed(reads), by_y),
-            by_last,
-            reverse=True,
+        *gradients, by_added = _chunk_gradients(
+            by_y, by_last, inverse, rows, reads, mix, writes, decay, before, u
         )
-        by_targets = ops.matmul(_transposed(inverse), by_u)
-        before_, u_ = _transposed(before), _transposed(u)
-        by_decay = ops.sum(before * after, axis=-1, keepdims=True)
-        if decay.shape[-2] == 1:
-            by_decay = ops.sum(by_decay, axis=-2, keepdims=True)
-        gradients = (
-            -_strictly_lower(ops.matmul(by_targets, u_)),
-            ops.matmul(by_targets, before_),
-            by_targets,
-            ops.matmul(by_y, before_),
-            ops.matmul(by_y, u_),
-            ops.matmul(u, _transposed(after)),
-            by_decay,
-            by_state,
-        )
-        return gradients if own is None else (*gradients, by_y, after)
+        further = [] if own is None else [by_y, by_added]
+        return (*gradients, *further)
 
     outputs = [_joined(y), ops.swapaxes(last, 1, 2)]
     return ops.concatenate(outputs, axis=1), gradient
+
+
+def _chunk_gradients(
+    by_y, by_last, inverse, rows, reads, mix, writes, decay, before, u
+):
+    """Gradients of `_chunk_scan` in its arguments, without `own`; rows are solved.
+
+    The gradient in S runs through the same recurrence from the end, where the roles of
+    what is read and what is written are exchanged.
+    """
+    after, by_state, by_u = _recurrence(
+        writes,
+        ops.matmul(_transposed(mix), by_y),
+        _transposed(rows),
+        decay,
+        ops.matmul(_transposed(reads), by_y),
+        by_last,
+        reverse=True,
+    )
+    by_targets = ops.matmul(_transposed(inverse), by_u)
+    by_decay = ops.sum(before * after, axis=-1, keepdims=True)
+    if decay.shape[-2] == 1:
+        by_decay = ops.sum(by_decay, axis=-2, keepdims=True)
+    before, read = _transposed(before), _transposed(u)
+    return (
+        -_strictly_lower(ops.matmul(by_targets, read)),
+        ops.matmul(by_targets, before),
+        by_targets,
+        ops.matmul(by_y, before),
+        ops.matmul(by_y, read),
+        ops.matmul(u, _transposed(after)),
+        by_decay,
+        by_state,
+        after,
+    )
 
 
 def _recurrence(reads, inputs, writes, decay, added, state, reverse=False):
@@ -648,7 +663,7 @@ def _as_maps(reads, inputs, writes, decay, added, state, reverse):
     if added is not None:
         maps = maps + ops.pad(added, [(0, 0)] * 4 + [(keys, 0)])
     if exporting() == "onnx":
-        return _doubled(maps, state), None
+        return _doubled(maps, state, LONGEST // reads.shape[-2]), None
 
     def step(state, now):
         state = ops.matmul(now[..., :keys], state) + now[..., keys:]
@@ -657,16 +672,17 @@ def _as_maps(reads, inputs, writes, decay, added, state, reverse):
     return ops.scan(step, state, maps, reverse=reverse)[1], None
 
 
-def _doubled(maps, state):
+def _doubled(maps, state, longest):
     """S after each chunk in log2(chunks) rounds, without a loop: for ONNX.
 
     After round r each chunk holds the map of the 2^r chunks up to it. As in
-    `linear_scan.doubling`, a shift is a lookup by position.
+    `linear_scan.doubling`, a shift is a lookup by position. Of an unknown number of
+    chunks, `longest` are reached.
     """
     keys = state.shape[-2]
     position = ops.cumsum(ops.ones_like(maps[:, 0, 0, 0, 0]), axis=0) - 1.0
     identity = np.eye(keys, maps.shape[-1], dtype="float32")
-    count = static_length(maps, 0) or LONGEST
+    count = static_length(maps, 0) or longest
     for r in range(math.ceil(math.log2(count))):
         source = ops.cast(ops.maximum(position - 2**r, 0.0), "int32")
         known = ops.reshape(position >= 2**r, (-1, 1, 1, 1, 1))
@@ -702,7 +718,3 @@ def _earlier(x):
     if x.shape[-2] == 1:
         return constant
     return ops.concatenate([x[..., 1:, :], constant], axis=-2)
-
-
-def _exact_dtype(x):
-    return "float64" if backend.standardize_dtype(x.dtype) == "float64" else "float32"

@@ -27,10 +27,10 @@ import numpy as np
 from keras import backend, ops, tree
 
 from keras_edifice.backends.traits import COMPILES_LOOPS, EXPORTS_ERF
-from keras_edifice.blocks.step_scan import step_scan
 from keras_edifice.ops.gelu import gelu
 from keras_edifice.ops.gradients import vjp
 from keras_edifice.ops.linear_scan import linear_scan
+from keras_edifice.ops.step_scan import step_scan
 from keras_edifice.ops.tracing import exporting, static_length
 
 ONE_LEVEL = 8

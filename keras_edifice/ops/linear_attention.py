@@ -26,6 +26,7 @@ import numpy as np
 from keras import backend, ops
 
 from keras_edifice.ops.decay_products import (
+    LOWEST,
     by_positions,
     causal,
     channel_products,
@@ -34,6 +35,7 @@ from keras_edifice.ops.decay_products import (
 )
 from keras_edifice.ops.linear_scan import LONGEST, blocked, linear_scan_step
 from keras_edifice.ops.positions import positions
+from keras_edifice.ops.precision import exact_dtype
 from keras_edifice.ops.tracing import exporting, static_length
 
 
@@ -53,16 +55,17 @@ def linear_attention(
     et al. 2024, arXiv:2404.05892, eq. 19). q is not scaled. A step with k = 0 and
     log-decay 0 leaves the state as it is: so masked steps are taken out.
 
-    Fewer heads serve consecutive heads of the others. Those of q and k, such as the
-    groups of Mamba-2, are not repeated in memory, unless the decay differs between the
-    channels of all heads.
+    Fewer heads serve consecutive heads of the others; the state has the most. Those of
+    q and k, such as the groups of Mamba-2, are not repeated in memory, unless the decay
+    differs between the channels of all heads; those of k or v alone are.
 
     Args:
         q: (batch, time, heads, key).
         k: the same shape.
         v: (batch, time, heads, value).
         log_decay: g, not positive. None for none; (heads,) for constants;
-            (batch, time, heads); (batch, time, heads, key). Batch and time may be 1.
+            (batch, time, heads); (batch, time, heads, key). Batch and time may be 1,
+            for constants of each channel.
         bonus: (heads, key), the heads those of q and k.
         initial_state: (batch, heads, key, value); zero if None.
         return_state: whether to give the state after the last step as well.
@@ -75,7 +78,7 @@ def linear_attention(
     Raises:
         ValueError: the numbers of heads, or the rank of the decay, do not fit.
     """
-    dtype, exact = v.dtype, _exact_dtype(v)
+    dtype, exact = v.dtype, exact_dtype(v)
     q, k, v = (ops.cast(x, exact) for x in (q, k, v))
     q, k, v, log_decay = _matched(q, k, v, _decay_of_steps(log_decay, exact))
     state = _initial_state(q[:, 0], v[:, 0], initial_state)
@@ -102,7 +105,7 @@ def linear_attention_step(q, k, v, log_decay, state, bonus=None):
     Returns:
         (batch, heads, value) in the dtype of v, and the new state.
     """
-    dtype, exact = v.dtype, _exact_dtype(v)
+    dtype, exact = v.dtype, exact_dtype(v)
     q, k, v, state = (ops.cast(x, exact) for x in (q, k, v, state))
     if log_decay is not None and len(log_decay.shape) > 1:
         log_decay = ops.expand_dims(log_decay, 1)
@@ -238,7 +241,7 @@ def stabilized_linear_attention_step(q, k, v, log_input, log_forget, state, eps=
 
 def _with_ones(v):
     """Values in the precision of the state, and ones, whose output sums the weights."""
-    v = ops.cast(v, _exact_dtype(v))
+    v = ops.cast(v, exact_dtype(v))
     return ops.concatenate([v, ops.ones_like(v[..., :1])], axis=-1)
 
 
@@ -387,7 +390,12 @@ def _attend_before(q, k, v, log_decay, bonus, state, chunk_size):
 
 def _attend(q, k, v, log_decay, state, chunk_size):
     """Outputs and last state, of matched heads in the precision of the state."""
-    groups, (heads, values) = q.shape[2], v.shape[2:]
+    heads, values = v.shape[2:]
+    one_chunk = by_positions(q, 1) and not _loops_over_open_lengths()
+    if one_chunk:  # to put heads side by side would need a reshape of the time
+        q, k = _repeated(q, heads), _repeated(k, heads)
+        log_decay = None if log_decay is None else _repeated(log_decay, heads)
+    groups = q.shape[2]
     kind, shared, decays = _NoDecay, 1, []
     if log_decay is not None and log_decay.shape[3] > 1:
         kind, decays = _ChannelDecay, [log_decay * ops.ones_like(q)]
@@ -395,7 +403,7 @@ def _attend(q, k, v, log_decay, state, chunk_size):
         kind, shared = _HeadDecay, heads // groups
         decays = [_side_by_side(log_decay, groups)]
     v, state = _side_by_side(v, groups), _states_side_by_side(state, groups)
-    if by_positions(q, 1) and not _loops_over_open_lengths():
+    if one_chunk:
         outputs, state = _attend_as_one_chunk(kind, shared, q, k, v, state, decays)
     else:
         run = _chunkwise(kind, shared)
@@ -440,7 +448,7 @@ def _loops_over_open_lengths():
 
 
 def _attend_as_one_chunk(kind, heads, q, k, v, state, decays):
-    """For exporters that do not know the length: scores of every pair of steps."""
+    """For exporters: scores of every pair of steps, without a reshape of the time."""
     time = ops.ones_like(v[:1, :, :1, :1])
     decays = [_heads_first(g * time) for g in decays]
     q, k, v = (_heads_first(x) for x in (q, k, v))
@@ -493,6 +501,7 @@ def _chunkwise(kind, heads):
     def run(q, k, v, state, *decays):
         decay = kind(heads, v, *decays)
         outputs, before, last = _forward(decay, heads, q, k, v, state)
+        read = outputs if kind is _HeadDecay else None  # others need not keep it
 
         def gradient(*args, upstream=None):
             upstream = args[0] if upstream is None else upstream
@@ -507,9 +516,12 @@ def _chunkwise(kind, heads):
             if not decays:
                 return by_q, by_k, by_v, by_state
             ends = ops.concatenate([before[1:], ops.expand_dims(last, 0)], axis=0)
-            within = decay.sum_gradient(q, by_q, k, by_k, outputs, by_outputs, v, by_v)
+            within = decay.sum_gradient(q, by_q, k, by_k, read, by_outputs, v, by_v)
             by_decay = _suffix_sums(within) + decay.total_gradient(ends * after)
-            return by_q, by_k, by_v, by_state, _summed_like(by_decay, decays[0])
+            by_decay = _summed_like(by_decay, decays[0])
+            # Rounding would else be multiplied by the infinite slope of g = ln 0.
+            by_decay = ops.where(decays[0] < LOWEST, 0.0, by_decay)
+            return by_q, by_k, by_v, by_state, by_decay
 
         batch, count, size = ops.shape(v)[1], ops.shape(v)[0], v.shape[3]
         in_time = ops.transpose(outputs, (1, 0, 3, 2, 4))
@@ -688,7 +700,3 @@ def _merged(x):
 
 def _times(x, factor):
     return x if factor is None else x * factor
-
-
-def _exact_dtype(x):
-    return "float64" if backend.standardize_dtype(x.dtype) == "float64" else "float32"

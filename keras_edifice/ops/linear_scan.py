@@ -18,6 +18,7 @@ import math
 from keras import backend, ops
 
 from keras_edifice.ops.positions import positions
+from keras_edifice.ops.precision import exact_dtype
 from keras_edifice.ops.tracing import exporting, static_length
 
 RADIX = 16
@@ -42,7 +43,7 @@ def linear_scan(decay, inputs, initial_state=None, return_state=False):
         (batch, time, ...) in the inputs' dtype, or that and (batch, ...) in float32
         (float64 for float64 inputs).
     """
-    dtype, exact = inputs.dtype, _exact_dtype(inputs)
+    dtype, exact = inputs.dtype, exact_dtype(inputs)
     decay = _time_first(ops.cast(decay, exact))
     inputs = _time_first(ops.cast(inputs, exact))
     if initial_state is None:
@@ -144,9 +145,10 @@ def doubling(decay, inputs, state, reverse=False):
     if reverse:
         flipped = doubling(ops.flip(decay, axis=0), ops.flip(inputs, axis=0), state)
         return ops.flip(flipped, axis=0)
-    first = inputs[:1] + decay[:1] * ops.expand_dims(state, 0)
-    inputs = ops.concatenate([first, inputs[1:]], axis=0)
     position = positions(inputs, axis=0)
+    # Not a concatenation with the first step, whose length jax2onnx takes for all.
+    start = ops.reshape(position < 0.5, (-1,) + (1,) * (len(inputs.shape) - 1))
+    inputs = inputs + ops.where(start, decay * ops.expand_dims(state, 0), 0.0)
     length = static_length(inputs, 0) or LONGEST
     for r in range(math.ceil(math.log2(length))):
         inputs, decay = doubling_round(decay, inputs, position, 2**r)
@@ -185,7 +187,7 @@ def cumulative_sums(log_decay, inputs, state, reverse=False):
     Arxiv:2311.06281.
     """
     length, block = inputs.shape[0], 4
-    floor = -150.0 if _exact_dtype(inputs) == "float64" else -20.0
+    floor = -150.0 if exact_dtype(inputs) == "float64" else -20.0
     floor = ops.convert_to_tensor(floor, dtype=inputs.dtype)
     log_decay, inputs, padding = _padded(log_decay, inputs, block, reverse, 0.0)
     shape = tuple(ops.shape(inputs)[1:])
@@ -247,7 +249,7 @@ def selective_scan(
         (batch, time, channels) and the last state (batch, channels, state), both in
         float32 (float64 for a float64 x).
     """
-    exact, size = _exact_dtype(x), B.shape[-1]
+    exact, size = exact_dtype(x), B.shape[-1]
     x, dt, B, C = (_time_first(ops.cast(z, exact)) for z in (x, dt, B, C))
     A = ops.transpose(ops.cast(A, exact))  # (n, e): channels last, as in x
     if initial_state is None:
@@ -278,7 +280,7 @@ def selective_step(x, dt, A, B, C, state, discretization="euler_b"):
     Returns:
         (batch, channels) and the new state.
     """
-    exact = _exact_dtype(x)
+    exact = exact_dtype(x)
     x, dt, A, B, C = (ops.cast(z, exact) for z in (x, dt, A, B, C))
     x, dt = ops.expand_dims(x, 2), ops.expand_dims(dt, 2)
     B, C = ops.expand_dims(B, 1), ops.expand_dims(C, 1)
@@ -460,7 +462,3 @@ def _zoh_gradients(x, dt, A, B, decay, log_decay, by_inputs):
 def _time_first(x):
     """Swaps the first two axes: batch and time."""
     return ops.swapaxes(x, 0, 1)
-
-
-def _exact_dtype(x):
-    return "float64" if backend.standardize_dtype(x.dtype) == "float64" else "float32"

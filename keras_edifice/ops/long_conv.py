@@ -13,8 +13,9 @@ import math
 from keras import ops
 
 from keras_edifice.ops.fourier import has_fft, waves
-from keras_edifice.ops.pairs import add, conjugate, exact_dtype, times
+from keras_edifice.ops.pairs import add, conjugate, times
 from keras_edifice.ops.positions import positions
+from keras_edifice.ops.precision import exact_dtype
 from keras_edifice.ops.tracing import static_length
 
 MODES = ("fft", "direct")

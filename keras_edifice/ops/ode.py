@@ -18,6 +18,7 @@ from typing import NamedTuple
 from keras import backend, ops
 
 from keras_edifice.ops.gradients import vjp
+from keras_edifice.ops.precision import exact_dtype
 from keras_edifice.ops.tracing import exporting
 
 UNROLLED = 16
@@ -157,7 +158,7 @@ def odeint(
     """
     _check(method, num_steps)
     plan = _Plan(method, num_steps, rtol, atol, max_steps)
-    dtype, exact = y0.dtype, _exact_dtype(y0)
+    dtype, exact = y0.dtype, exact_dtype(y0)
     y = ops.cast(y0, exact)
     ys, nfe = _trajectory(_listed(fn, exact), y, _times(t, y), plan)
     ys = ops.cast(ys, dtype)
@@ -202,7 +203,7 @@ def odeint_adjoint(
     """
     _check(method, num_steps)
     plan = _Plan(method, num_steps, rtol, atol, max_steps)
-    dtype, exact = y0.dtype, _exact_dtype(y0)
+    dtype, exact = y0.dtype, exact_dtype(y0)
     y = ops.cast(y0, exact)
     # A product is a computed tensor: custom gradients do not take weights themselves.
     params = [ops.convert_to_tensor(p) * 1.0 for p in params]
@@ -576,7 +577,3 @@ def _check(method, num_steps):
             f"method {method!r} has no error to choose its steps after; "
             "pass num_steps, or method='dopri5'"
         )
-
-
-def _exact_dtype(x):
-    return "float64" if backend.standardize_dtype(x.dtype) == "float64" else "float32"

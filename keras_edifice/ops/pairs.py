@@ -4,12 +4,9 @@ Layers hold no complex weights and exporters know no complex numbers; two real t
 are the same on every backend.
 """
 
-from keras import backend, ops
+from keras import ops
 
-
-def exact_dtype(x):
-    """What recurrences and sums compute in: float32, or float64 for a float64 x."""
-    return "float64" if backend.standardize_dtype(x.dtype) == "float64" else "float32"
+from keras_edifice.ops.precision import exact_dtype
 
 
 def exact(a):

@@ -10,9 +10,9 @@ from keras_edifice.model import EdificeModel
 from keras_edifice.ops import attention as module
 from keras_edifice.ops.attention import blockwise_sdpa, sdpa
 from keras_edifice.ops.tracing import export_scope
+from tests.support.applied import gradients_in_all
 from tests.support.close import assert_close, to_numpy
 from tests.support.compiled import compiled
-from tests.support.gradients import gradients
 from tests.support.numerical import numerical_gradient
 
 rng = np.random.default_rng(0)
@@ -130,28 +130,6 @@ def test_output_is_the_equation(shape, name):
     expected = reference(q, k, v, **options)
     for y in attended([q, k, v], options):
         assert_close(y, expected)
-
-
-class Applied(keras.layers.Layer):
-    """A function of arrays that are its weights, so that all gradients come at once."""
-
-    def __init__(self, function, arrays):
-        super().__init__()
-        self.function = function
-        self.arguments = [self.add_weight(x.shape, trainable=True) for x in arrays]
-        self.set_weights(arrays)
-        self.built = True
-
-    def call(self, x):
-        return self.function(*(ops.convert_to_tensor(x) * 1.0 for x in self.arguments))
-
-
-def gradients_in_all(function, arrays, weights):
-    """Gradient of Σ weights * function(*arrays) in each of the arrays."""
-    weights = ops.convert_to_tensor(weights)
-    layer = Applied(function, arrays)
-    unused = np.zeros((1, 1), "float32")
-    return gradients(layer, unused, lambda y: ops.sum(y * weights))[0]
 
 
 @pytest.mark.parametrize(

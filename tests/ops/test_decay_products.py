@@ -1,81 +1,90 @@
+import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from keras_edifice.ops import decay_products as module
-from keras_edifice.ops.decay_products import causal, channel_products, head_products
-from tests.support.close import assert_close
+from keras_edifice.ops.decay_products import (
+    by_positions,
+    causal,
+    channel_products,
+    head_products,
+)
+from keras_edifice.ops.tracing import export_scope
+from tests.support.close import assert_close, to_numpy
+from tests.support.compiled import compiled
 
 rng = np.random.default_rng(0)
 
 
-def log_decays(steps, channels):
-    """Weak, strong and none at all, one after the other."""
-    g = -rng.uniform(0, 1, size=(2, steps, channels))
-    g[:, ::3] *= 60.0
-    g[:, 1::5] = 0.0
-    return g.astype("float32")
+def log_decays(channels):
+    """Of 16 steps: weak ones after strong ones, none at all and total ones."""
+    decays = -rng.exponential(size=(2, 3, 16, channels))
+    decays[:, :, 2], decays[:, :, 5], decays[:, :, 9] = 0.0, -1e4, -np.inf
+    return decays.astype("float32")
 
 
-def decay(g):
-    """D of the module, sums in float64: (..., c, d) -> (..., c, c, d)."""
-    g = g.astype("float64")
-    steps = g.shape[-2]
-    D = np.zeros((*g.shape[:-2], steps, steps, g.shape[-1]))
-    for i in range(steps):
+def between(log_decay):
+    """D_ij for every channel, (..., c, c, d), by sums in float64."""
+    decay = np.asarray(log_decay, "float64")
+    products = np.zeros((*decay.shape[:-1], decay.shape[-2], decay.shape[-1]))
+    for i in range(decay.shape[-2]):
         for j in range(i + 1):
-            D[..., i, j, :] = np.exp(g[..., j + 1 : i + 1, :].sum(-2))
-    return D
+            total = decay[..., j + 1 : i + 1, :].sum(-2)
+            products[..., i, j, :] = np.exp(total)
+    return products
 
 
-@pytest.fixture(params=[False, True], ids=["blocks", "positions"])
-def open_form(request, monkeypatch):
-    """Whether the form for an unknown length is taken."""
-    if request.param:
-        monkeypatch.setattr(module, "by_positions", lambda x, axis: True)
+@pytest.fixture(params=["known", "open"])
+def length(request, monkeypatch):
+    """The length is known, or an exporter does not know it."""
+    if request.param == "open":
+        monkeypatch.setattr(module, "static_length", lambda x, axis: None)
+        monkeypatch.setattr(module, "LONGEST", 16)
     return request.param
 
 
-@pytest.mark.parametrize("steps", [1, 2, 16])
-def test_decays_of_a_head(steps, open_form):
-    g = log_decays(steps, 1)
-    products, D = head_products(ops.convert_to_tensor(g)), decay(g)[..., 0]
-    assert_close(products.weights(), D)
-    assert_close(products.before, np.exp(np.cumsum(g.astype("float64"), -2)))
-    assert_close(products.after[..., 0], D[:, -1])
+def test_weights_are_the_decays_between_two_steps(length):
+    log_decay = log_decays(1)
+
+    def products(log_decay):
+        found = head_products(log_decay)
+        return found.before, found.after, found.weights()
+
+    before, after, weights = compiled(products)(ops.convert_to_tensor(log_decay))
+    expected = between(log_decay)[..., 0]
+    assert_close(weights, expected, 2e-6)
+    assert_close(after[..., 0], expected[..., -1, :], 2e-6)
+    first = np.exp(log_decay[..., :1, 0].astype("float64"))
+    assert_close(before[..., 0], first * expected[..., 0], 2e-6)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 16])
-def test_scores_of_channels(steps, open_form):
-    g = log_decays(steps, 3)
-    q, k = rng.normal(size=(2, 2, steps, 3)).astype("float32")
-    products = channel_products(ops.convert_to_tensor(g))
-    expected = np.einsum("bid,bjd,bijd->bij", q, k, decay(g))
-    assert_close(products.scores(*map(ops.convert_to_tensor, (q, k))), expected)
-    assert_close(products.before, np.exp(np.cumsum(g.astype("float64"), -2)))
-    assert_close(products.after, decay(g)[:, -1])
+def test_scores_weigh_every_channel(length):
+    log_decay = log_decays(4)
+    q, k = rng.normal(size=(2, *log_decay.shape)).astype("float32")
+
+    def products(log_decay, q, k):
+        found = channel_products(log_decay)
+        return found.before, found.after, found.scores(q, k)
+
+    tensors = [ops.convert_to_tensor(x) for x in (log_decay, q, k)]
+    before, after, scores = compiled(products)(*tensors)
+    expected = between(log_decay)
+    assert_close(scores, np.einsum("...id,...jd,...ijd->...ij", q, k, expected))
+    assert_close(after, expected[..., -1, :, :], 2e-6)
+    first = np.exp(log_decay[..., :1, :].astype("float64"))
+    assert_close(before, first * expected[..., 0, :], 2e-6)
 
 
-def test_gradients_of_the_scores():
-    g = log_decays(8, 3)
-    q, k = rng.normal(size=(2, 2, 8, 3)).astype("float32")
-    by_scores = rng.normal(size=(2, 8, 8)).astype("float32")
-    products = channel_products(ops.convert_to_tensor(g))
-    by_q, by_k = products.scores_gradient(
-        *map(ops.convert_to_tensor, (q, k, by_scores))
-    )
-    D = decay(g)
-    assert_close(by_q, np.einsum("bij,bjd,bijd->bid", by_scores, k, D))
-    assert_close(by_k, np.einsum("bij,bid,bijd->bjd", by_scores, q, D))
+def test_causal_pairs_look_back(length):
+    found = causal(ops.zeros((2, 5, 3)))
+    assert (to_numpy(found) == np.tril(np.ones((5, 5)))).all()
 
 
-def test_no_decay_that_underflows_spoils_the_others(open_form):
-    g = np.zeros((1, 8, 1), "float32")
-    g[:, 3] = -1e4
-    weights = head_products(ops.convert_to_tensor(g)).weights()
-    assert_close(weights, decay(g)[..., 0], 1e-6)
-
-
-def test_causal_is_the_lower_triangle():
-    x = ops.zeros((1, 4, 2))
-    assert_close(ops.cast(causal(x), "float32"), np.tril(np.ones((4, 4))), 0)
+def test_known_lengths_are_split_unless_an_exporter_refuses():
+    x = ops.zeros((2, 4, 3))
+    assert not by_positions(x, 1)
+    with export_scope("saved_model"):
+        assert not by_positions(x, 1)
+    with export_scope("onnx"):
+        assert by_positions(x, 1) == (keras.backend.backend() != "tensorflow")

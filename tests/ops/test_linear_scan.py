@@ -14,9 +14,9 @@ from keras_edifice.ops.linear_scan import (
     selective_step,
 )
 from keras_edifice.ops.tracing import export_scope
+from tests.support.applied import gradients_in_all
 from tests.support.close import assert_close, to_numpy
 from tests.support.compiled import compiled
-from tests.support.gradients import gradients
 from tests.support.numerical import numerical_gradient
 
 rng = np.random.default_rng(0)
@@ -71,28 +71,6 @@ def scanned(*arrays, **options):
     """`selective_scan` of arrays."""
     scan = functools.partial(selective_scan, **options)
     return compiled(scan)(*tensors(*arrays))
-
-
-class Applied(keras.layers.Layer):
-    """A function of arrays that are its weights, so that all gradients come at once."""
-
-    def __init__(self, function, arrays):
-        super().__init__()
-        self.function = function
-        self.arguments = [self.add_weight(z.shape, trainable=True) for z in arrays]
-        self.set_weights(arrays)
-        self.built = True
-
-    def call(self, x):
-        return self.function(*(ops.convert_to_tensor(z) * 1.0 for z in self.arguments))
-
-
-def gradients_in_all(function, arrays, weights):
-    """Gradient of Σ weights * function(*arrays) in each of the arrays."""
-    weights = ops.convert_to_tensor(weights)
-    unused = np.zeros((1, 1), "float32")
-    layer = Applied(function, arrays)
-    return gradients(layer, unused, lambda y: ops.sum(y * weights))[0]
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 
-from keras_edifice.blocks.step_scan import step_scan
+from keras_edifice.ops.step_scan import step_scan
 from tests.support.close import assert_close
 
 rng = np.random.default_rng(0)
