@@ -1,34 +1,51 @@
 """A function with its gradient, compiled as `fit` would compile it, run to its end."""
 
+import contextlib
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import keras
 import numpy as np
 
 
-def forward(function, arrays):
-    """A callable that computes function(*arrays) and waits for the result."""
-    run = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
-    return run[keras.backend.backend()](function, arrays, False)
+@dataclass(frozen=True)
+class Run:
+    """A computation that is ready to be measured.
+
+    Attributes:
+        call: computes once and waits for the result.
+        peak_bytes: computes and returns the most memory that tensors took at a time,
+            results included and arguments not, as the backend itself counts it; None
+            where it does not.
+    """
+
+    call: Callable
+    peak_bytes: Callable
 
 
-def forward_and_backward(function, arrays):
+def forward(function, arrays) -> Run:
+    """function(*arrays)."""
+    return _RUNS[keras.backend.backend()](function, arrays, False)
+
+
+def forward_and_backward(function, arrays) -> Run:
     """The same with the gradient of the sum of the results in every float array.
 
     Args:
         function: of tensors, giving one tensor.
         arrays: its arguments.
     """
-    run = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
-    return run[keras.backend.backend()](function, arrays, True)
-
-
-def _is_float(array):
-    return np.asarray(array).dtype.kind == "f"
+    return _RUNS[keras.backend.backend()](function, arrays, True)
 
 
 def _tensorflow(function, arrays, backward):
     import tensorflow as tf
 
+    memory = tf.config.experimental
     tensors = [tf.convert_to_tensor(x) for x in arrays]
+    device = tensors[0].device
 
     @tf.function
     def run(*tensors):
@@ -39,11 +56,22 @@ def _tensorflow(function, arrays, backward):
             total = tf.reduce_sum(value)
         return tape.gradient(total, watched) if backward else value
 
-    def wait():
+    def call():
         for x in tf.nest.flatten(run(*tensors)):
             x.numpy()
 
-    return wait
+    def peak_bytes():
+        call()
+        gc.collect()  # not while the peak is awaited
+        try:
+            before = memory.get_memory_info(device)["current"]
+        except ValueError:  # the allocator of this build does not count
+            return None
+        memory.reset_memory_stats(device)
+        call()
+        return memory.get_memory_info(device)["peak"] - before
+
+    return Run(call, peak_bytes)
 
 
 def _jax(function, arrays, backward):
@@ -52,22 +80,55 @@ def _jax(function, arrays, backward):
     tensors = [jax.numpy.asarray(x) for x in arrays]
     run = function
     if backward:
-        places = tuple(i for i, x in enumerate(arrays) if _is_float(x))
-        run = jax.grad(lambda *x: function(*x).sum(), argnums=places)
-    run = jax.jit(run)
-    return lambda: jax.block_until_ready(run(*tensors))
+        floats = (i for i, x in enumerate(arrays) if np.asarray(x).dtype.kind == "f")
+        run = jax.grad(lambda *x: function(*x).sum(), argnums=tuple(floats))
+    run = jax.jit(run).lower(*tensors).compile()
+
+    def peak_bytes():
+        planned = run.memory_analysis()
+        if planned is None:
+            return None
+        return planned.temp_size_in_bytes + planned.output_size_in_bytes
+
+    return Run(lambda: jax.block_until_ready(run(*tensors)), peak_bytes)
 
 
 def _torch(function, arrays, backward):
     import torch
 
     tensors = [torch.as_tensor(x) for x in arrays]
-    if not backward:
+    if backward:
+        watched = [x.requires_grad_() for x in tensors if x.is_floating_point()]
 
-        def run():
+    def call():
+        if backward:
+            torch.autograd.grad(function(*tensors).sum(), watched)
+        else:
             with torch.no_grad():
                 function(*tensors)
 
-        return run
-    watched = [x.requires_grad_() for x in tensors if x.is_floating_point()]
-    return lambda: torch.autograd.grad(function(*tensors).sum(), watched)
+    def peak_bytes():
+        with _no_log(), torch.profiler.profile(profile_memory=True) as profile:
+            call()
+        events = profile.profiler.kineto_results.events()
+        changes = [x for x in events if x.name() == "[memory]"]
+        changes.sort(key=lambda x: x.start_ns())
+        return max(np.cumsum([x.nbytes() for x in changes]), default=0)
+
+    return Run(call, peak_bytes)
+
+
+@contextlib.contextmanager
+def _no_log():
+    """Without the lines that the profiler's C++ writes to the standard error."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+_RUNS = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}

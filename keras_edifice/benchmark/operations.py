@@ -16,7 +16,7 @@ import numpy as np
 
 from keras_edifice.backends.peers import PEERS
 from keras_edifice.backends.timing import forward_and_backward
-from keras_edifice.benchmark.measure import peak_bytes, seconds
+from keras_edifice.benchmark.measure import seconds
 
 LENGTHS = (512, 1024, 2048, 4096)
 COMPARED_LENGTH = 1024
@@ -39,7 +39,7 @@ class Row:
     """One measurement: forward and backward together.
 
     `milliseconds` is the median of the calls, `fastest` and `slowest` their range;
-    `megabytes` the peak beyond the arguments, None where the system does not tell.
+    `megabytes` the peak beyond the arguments, None where the backend does not tell.
     """
 
     operation: str
@@ -286,8 +286,8 @@ def measure(
 
 
 def _row(operation, implementation, length, run, least):
-    times = [1000.0 * x for x in seconds(run, least)]
-    peak = peak_bytes(run)
+    times = [1000.0 * x for x in seconds(run.call, least)]
+    peak = run.peak_bytes()
     megabytes = None if peak is None else peak / 2**20
     return Row(operation, implementation, length, *times, megabytes)
 
@@ -328,7 +328,7 @@ def growth(rows) -> dict[tuple, dict[str, float]]:
             if other.length != 2 * row.length:
                 continue
             factors = found.setdefault(key, {})
-            pairs = {"time": (row.milliseconds, other.milliseconds)}
+            pairs = {"time": (row.fastest, other.fastest)}  # the least disturbed
             if row.megabytes and other.megabytes is not None:
                 pairs["memory"] = (row.megabytes, other.megabytes)
             for name, (before, after) in pairs.items():

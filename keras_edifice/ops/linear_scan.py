@@ -21,8 +21,14 @@ from keras_edifice.ops.positions import positions
 from keras_edifice.ops.precision import exact_dtype
 from keras_edifice.ops.tracing import exporting, static_length
 
-RADIX = 16
-"""Steps that a blocked scan takes one after another at each level."""
+RADIX = 8 if backend.backend() == "jax" else 16
+"""Steps that a blocked scan takes one after another at each level.
+
+XLA computes the head of an unrolled chain again for each of its later steps.
+"""
+
+CHUNK = 16
+"""Steps whose states a selective scan holds at once."""
 
 LONGEST = 65536
 """Steps that a doubling scan reaches where the length is unknown."""
@@ -220,7 +226,7 @@ def selective_scan(
     C,
     initial_state=None,
     method="auto",
-    chunk_size=RADIX,
+    chunk_size=CHUNK,
     discretization="euler_b",
 ):
     """Mamba's map of a sequence, with parameters that depend on the step.
