@@ -16,7 +16,7 @@ import numpy as np
 
 from keras_edifice.backends.peers import PEERS
 from keras_edifice.backends.timing import forward_and_backward
-from keras_edifice.benchmark.measure import seconds
+from keras_edifice.benchmark.measure import keep_freed_memory, seconds
 
 LENGTHS = (512, 1024, 2048, 4096)
 COMPARED_LENGTH = 1024
@@ -266,6 +266,7 @@ def measure(
     Returns:
         List of `Row`.
     """
+    keep_freed_memory()
     draw, backend = draw or Draw(), keras.backend.backend()
     rows = []
     for case in operations(names):

@@ -531,6 +531,12 @@ def _by_chunk(rule, inputs, state, parts, fresh):
     return cut.join(y), (*tree.pack_sequence_as(before, after), cut.position)
 
 
+def _groups(count):
+    """About √count groups, if possible so many that they divide it without padding."""
+    root = math.isqrt(count - 1) + 1
+    return next((n for n in range(root, 2 * root) if count % n == 0), root)
+
+
 class _Cut:
     """How a sequence is cut into chunks, the first of which may be under way.
 
@@ -549,7 +555,7 @@ class _Cut:
         reach = self.length + (size - 1 if self.shifted else 0)
         self.count, self.groups = (reach + size - 1) // size, 1
         if length and self.count > ONE_LEVEL and exporting() != "onnx":
-            self.groups = math.isqrt(self.count - 1) + 1
+            self.groups = _groups(self.count)
             self.count = -(-self.count // self.groups) * self.groups
         place = ops.arange(0, self.count * size, dtype="int32")
         place = ops.expand_dims(ops.cast(place, "float32"), 0)
