@@ -4,9 +4,9 @@
     python guides/generate.py --check    # fails if something is out of date
 
 `guides/architectures.md` and the families in README.md come from the registry, the
-table in `guides/building_blocks.md` from the blocks, that in `guides/performance.md`
-from `guides/performance.json` and `guides/fidelity.md` from build/fidelity, where there
-are such measurements.
+table in `guides/building_blocks.md` from the blocks, those in `guides/performance.md`
+from the measurements beside it, and `guides/fidelity.md` from build/fidelity, where
+there are such measurements.
 """
 
 import argparse
@@ -128,31 +128,38 @@ def blocks():
     return "\n".join(lines) + "\n"
 
 
-def operations(rows):
-    """The measured operations: time and memory by length, growth, comparison."""
+def operations(rows, memory=True):
+    """The measured operations: time and memory by length, and their growth."""
     rows = [Row(**row) for row in rows]
-    lengths = sorted(
-        {row.length for row in rows if "keras_edifice" in row.implementation}
-    )
-    head = "".join(f" {n} | MB |" for n in lengths)
+    lengths = sorted({row.length for row in rows})
+    head = "".join(f" {n} | MB |" if memory else f" {n} |" for n in lengths)
+    worst = ("time", "memory") if memory else ("time",)
+    head += "".join(f" {kind} x |" for kind in worst)
     lines = [
-        f"| operation | implementation |{head} time x | memory x |",
-        "|---|---|" + "---|" * (2 * len(lengths) + 2),
+        f"| operation | implementation |{head}",
+        "|---|---|" + "---|" * (head.count("|")),
     ]
+    order = list(dict.fromkeys(row.operation for row in rows))
+    keys = dict.fromkeys((r.operation, r.implementation) for r in rows)
     factors = growth(rows)
-    for key in dict.fromkeys((r.operation, r.implementation) for r in rows):
+    for key in sorted(keys, key=lambda key: order.index(key[0])):
         own = {r.length: r for r in rows if (r.operation, r.implementation) == key}
-        cells = [_measured(own.get(n)) for n in lengths]
-        worst = [
-            f"{factors[key][n]:.2f}" if key in factors else ""
-            for n in ("time", "memory")
-        ]
-        lines.append("| " + " | ".join([*key, *cells, *worst]) + " |")
+        cells = []
+        for row in map(own.get, lengths):
+            cells.append(_digits(row and row.milliseconds))
+            cells += [_digits(row and row.megabytes)] if memory else []
+        for kind in worst:
+            factor = factors.get(key, {}).get(kind)
+            cells.append("" if factor is None else f"{factor:.2f}")
+        lines.append("| " + " | ".join([*key, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _measured(row):
-    return " | " if row is None else f"{row.milliseconds:.0f} | {row.megabytes:.0f}"
+def _digits(x):
+    """At least three digits; nothing for None."""
+    if x is None:
+        return ""
+    return f"{x:.0f}" if x >= 100.0 else f"{x:.3g}"
 
 
 def documents():
@@ -163,12 +170,14 @@ def documents():
         (ROOT / "README.md", "families", families()),
         (guides / "building_blocks.md", "blocks", blocks()),
     ]
-    performance = guides / "performance.json"
-    if performance.exists():
-        table = operations(json.loads(performance.read_text()))
-        parts.append((guides / "performance.md", "operations", table))
+    for mark, file, memory in (
+        ("operations", "performance.json", True),
+        ("growth", "growth.json", False),
+    ):
+        table = operations(json.loads((guides / file).read_text()), memory)
+        parts.append((guides / "performance.md", mark, table))
     for path, mark, new in parts:
-        found[path] = between(path.read_text(), mark, new)
+        found[path] = between(found.get(path) or path.read_text(), mark, new)
     measured = ROOT / "build" / "fidelity"
     if all(
         (measured / f"{n}.json").exists() for n in keras_edifice.list_architectures()

@@ -180,6 +180,7 @@ def architecture(
     multiples: dict[str, str] | None = None,
     variants: dict[str, dict] | None = None,
     family: str | None = None,
+    title: str | None = None,
 ):
     """Registers a builder under its function's name.
 
@@ -197,6 +198,7 @@ def architecture(
         variants: published size -> its options; the builder then has the option
             `variant` with these choices.
         family: the folder that holds the module, unless it is given.
+        title: the name in full; the module's first line, unless it is given.
 
     Raises:
         ValueError: the name is taken, or the declaration and the builder differ.
@@ -215,6 +217,7 @@ def architecture(
             multiples=multiples or {},
             variants=variants or {},
             family=family or builder.__module__.split(".")[-2:][0],
+            title=title,
         )
         known = _architectures.get(entry.name)
         if known and known.builder.__module__ != builder.__module__:
@@ -231,6 +234,37 @@ def architecture(
         return build_checked
 
     return register
+
+
+def with_defaults(builder: Callable, name: str, summary: str, **defaults) -> Callable:
+    """A builder under another name, of the same options with other defaults.
+
+    For a name that stands for a known architecture with one of its options; register
+    it with `architecture`.
+
+    Args:
+        builder: a registered builder.
+        name: the new name.
+        summary: the first line of its docstring; the rest is that of the other.
+        **defaults: option -> its new default.
+    """
+    builder = inspect.unwrap(builder)
+    signature = inspect.signature(builder)
+
+    @functools.wraps(builder)
+    def renamed(**options):
+        model = builder(**{**defaults, **options})
+        model.name = name
+        return model
+
+    parameters = [
+        p.replace(default=defaults.get(p.name, p.default))
+        for p in signature.parameters.values()
+    ]
+    renamed.__signature__ = signature.replace(parameters=parameters)
+    renamed.__name__ = renamed.__qualname__ = name
+    renamed.__doc__ = "\n".join([summary, *inspect.getdoc(builder).split("\n")[1:]])
+    return renamed
 
 
 def build(name: str, **options) -> keras.Model:
@@ -401,11 +435,11 @@ def load_plugins():
             )
 
 
-def _describe(builder, *, tiny, multiples, variants, **facts):
+def _describe(builder, *, tiny, multiples, variants, title, **facts):
     """The entry of a builder; the declaration must agree with its signature."""
     name = builder.__name__
     module = inspect.getdoc(sys.modules[builder.__module__]) or ""
-    title, _, _ = module.partition("\n")
+    title = title or module.partition("\n")[0].split(":")[0].rstrip(".")
     doc = inspect.getdoc(builder) or ""
     options = _options(builder, doc)
     if variants:
@@ -431,7 +465,7 @@ def _describe(builder, *, tiny, multiples, variants, **facts):
         raise ValueError(f"{name}: no line in Args for {', '.join(undocumented)}")
     return Architecture(
         name=name,
-        title=title.split(":")[0].rstrip("."),
+        title=title,
         summary=doc.partition("\n")[0],
         options=options,
         multiples=multiples,

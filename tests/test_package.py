@@ -73,7 +73,8 @@ def test_every_module_has_its_mirrored_test(path):
 
 @pytest.mark.parametrize("name", keras_edifice.list_architectures())
 def test_every_architecture_is_compared_with_a_reference(name):
-    assert (TESTS / "fidelity" / f"test_{name}.py").exists()
+    module = keras_edifice.info(name).builder.__module__.rpartition(".")[2]
+    assert (TESTS / "fidelity" / f"test_{module}.py").exists()
 
 
 @pytest.mark.parametrize("name", keras_edifice.list_architectures())

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 import keras_edifice
-from keras_edifice.registry import _architectures, architecture, with_head
+from keras_edifice.registry import (
+    _architectures,
+    architecture,
+    with_defaults,
+    with_head,
+)
 
 
 @pytest.fixture
@@ -134,6 +139,31 @@ def test_declaration_must_agree_with_the_builder(registered):
         declare(tiny=dict(input_size=2, depth=1))
     with pytest.raises(ValueError, match="kind must be one of"):
         declare(kind="video")
+
+
+def test_another_name_has_other_defaults_and_a_title_of_its_own(registered):
+    wide = with_defaults(declare(), "wide_net", "Does more.", hidden_size=6)
+    architecture(
+        paper="Nobody 2001, Nothing more",
+        title="A wide net",
+        kind="vector",
+        inputs="(batch, input_size)",
+        outputs="(batch, hidden_size)",
+        tiny=dict(input_size=2),
+        family="feedforward",
+    )(wide)
+    entry = keras_edifice.info("wide_net")
+    assert (entry.title, entry.summary) == ("A wide net", "Does more.")
+    assert entry.options["hidden_size"].meaning == "width of the one layer"
+    model = keras_edifice.build("wide_net", input_size=3)
+    assert (model.name, model.output_shape) == ("wide_net", (None, 6))
+    assert keras_edifice.build(
+        "wide_net", input_size=3, hidden_size=2
+    ).output.shape == (
+        None,
+        2,
+    )
+    assert keras_edifice.build("sample_net", input_size=3).output_shape == (None, 4)
 
 
 def test_a_taken_name_is_refused(registered):

@@ -2,6 +2,9 @@
 
     x_0 = W u,    x_l = x_{l-1} + dropout(mixer(norm(x_{l-1}))),    y = pool(norm(x_L))
 
+For tokens, W u is their row of the embedding E, and y = norm(x_L) Eᵀ the logits of the
+next token at every step.
+
 A mask that comes with the input (a `Masking` layer before the model, or `mask=` in
 the call) travels along, and the read-out leaves masked steps out.
 """
@@ -13,18 +16,43 @@ from keras_edifice.blocks.rms_norm import RMSNorm
 from keras_edifice.model import EdificeModel
 
 
-def sequence_input(window_size, embed_size, hidden_size=None):
+def sequence_input(
+    window_size, embed_size, hidden_size=None, vocab_size=None, tie_embeddings=True
+):
     """The input of a sequence model, and the stream that its layers work on.
 
     Args:
         window_size: steps of the input, None for any number.
-        embed_size: features of each step.
+        embed_size: features of each step; None for tokens.
         hidden_size: width of the stream, reached by a linear map where it differs;
             None for the input itself.
+        vocab_size: number of tokens, for an input of their numbers; None for features.
+        tie_embeddings: whether the logits of `sequence_model` come from the same
+            matrix as the stream, which then needs `hidden_size`.
 
     Returns:
-        (the input, the stream), both (batch, window_size, features), symbolic.
+        (the input, the stream), symbolic: (batch, window_size, embed_size), or
+        (batch, window_size) for tokens, and (batch, window_size, hidden_size).
+
+    Raises:
+        ValueError: both or neither of `embed_size` and `vocab_size` are given.
     """
+    if (embed_size is None) == (vocab_size is None):
+        raise ValueError(
+            "the input is either features or tokens: pass embed_size or vocab_size, "
+            f"received embed_size={embed_size}, vocab_size={vocab_size}"
+        )
+    if vocab_size is not None:
+        inputs = Input((window_size,), dtype="int32", name="inputs")
+        embed = layers.ReversibleEmbedding(
+            vocab_size,
+            hidden_size,
+            tie_weights=tie_embeddings,
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=0.02),
+            reverse_dtype="float32",
+            name="embed",
+        )
+        return inputs, embed(inputs)
     inputs = Input((window_size, embed_size), name="inputs")
     if hidden_size in (None, embed_size):
         return inputs, inputs
@@ -47,22 +75,29 @@ def residual(x, mixer, norm=RMSNorm, epsilon=1e-5, dropout=0.0):
     return layers.Add(name=f"{mixer.name}_add")([x, y])
 
 
-def read_out(x, return_sequences=False, pool="last"):
-    """Every step, or one vector for the sequence, symbolic."""
-    return x if return_sequences else SequencePool(pool, name="pool")(x)
-
-
-def sequence_model(inputs, x, return_sequences=False, pool="last", name=None):
-    """The model from an input to the read-out of a stream.
+def read_out(inputs, x, return_sequences=False, pool="last"):
+    """Every step, or one vector for the sequence; logits where the input is tokens.
 
     Args:
         inputs: of `sequence_input`.
         x: (batch, time, features), symbolic, normalised where the paper does.
         return_sequences: give every step instead of one vector.
         pool: "last" or "mean", how the steps become one vector.
-        name: of the architecture.
+
+    Returns:
+        (batch, time, features) or (batch, features), symbolic; for tokens always
+        (batch, time, vocab_size): the logits of the next token, in float32.
     """
-    return EdificeModel(inputs, read_out(x, return_sequences, pool), name=name)
+    if "int" in inputs.dtype:
+        embed = keras.Model(inputs, x).get_layer("embed")
+        return embed(x, reverse=True)
+    return x if return_sequences else SequencePool(pool, name="pool")(x)
+
+
+def sequence_model(inputs, x, return_sequences=False, pool="last", name=None):
+    """The model from an input to the `read_out` of a stream, with its arguments."""
+    outputs = read_out(inputs, x, return_sequences, pool)
+    return EdificeModel(inputs, outputs, name=name)
 
 
 @keras.saving.register_keras_serializable("keras_edifice")

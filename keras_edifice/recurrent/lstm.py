@@ -104,7 +104,7 @@ class LSTMLayer(layers.LSTM):
 )
 def lstm(
     *,
-    embed_size: Size,
+    embed_size: Size | None = None,
     hidden_size: Size = 256,
     num_layers: Size = 1,
     dropout: Rate = 0.0,
@@ -116,12 +116,14 @@ def lstm(
     return_sequences: bool = False,
     pool: Literal["last", "mean"] | None = None,
     return_state: bool = False,
+    vocab_size: Size | None = None,
+    tie_embeddings: bool = False,
     window_size: Size | None = 60,
 ) -> EdificeModel:
     """LSTM layers, each on the whole output sequence of the one before.
 
     Args:
-        embed_size: features of each step.
+        embed_size: features of each step; None for tokens.
         hidden_size: width of the state of each layer, and direction.
         num_layers: number of layers.
         dropout: rate between layers, in training.
@@ -138,9 +140,25 @@ def lstm(
             the last, for the mean if bidirectional.
         return_state: give a list of the output and of h and c of each layer, each
             (batch, hidden_size), those of both directions if bidirectional.
+        vocab_size: number of tokens, where the input is their numbers, (batch,
+            window_size), instead of features; they are embedded into hidden_size. The
+            output is then the logits of the next token at every step, (batch,
+            window_size, vocab_size).
+        tie_embeddings: those logits use the matrix that embeds the tokens.
         window_size: steps of the input, None for any number.
     """
-    inputs, x = sequence_input(window_size, embed_size)
+    if vocab_size and bidirectional:
+        raise ValueError(
+            "vocab_size gives logits of the next token, which bidirectional=True sees; "
+            "pass embed_size or bidirectional=False"
+        )
+    inputs, x = sequence_input(
+        window_size,
+        embed_size,
+        hidden_size if vocab_size else None,
+        vocab_size,
+        tie_embeddings,
+    )
     if input_layer_norm:
         x = LayerNorm(1e-6, name="input_norm")(x)
     states = []
@@ -163,5 +181,6 @@ def lstm(
             states += state
         if use_layer_norm:
             x = LayerNorm(1e-6, name=f"norm_{i}")(x)
-    x = read_out(x, return_sequences, pool or ("mean" if bidirectional else "last"))
+    pool = pool or ("mean" if bidirectional else "last")
+    x = read_out(inputs, x, return_sequences, pool)
     return EdificeModel(inputs, [x, *states] if return_state else x, name="lstm")

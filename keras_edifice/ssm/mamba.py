@@ -21,7 +21,7 @@ from keras_edifice.blocks.sequence import residual, sequence_input, sequence_mod
 from keras_edifice.model import EdificeModel
 from keras_edifice.ops.linear_scan import METHODS, selective_scan, selective_step
 from keras_edifice.options import Positive, Rate, Size, check
-from keras_edifice.registry import architecture
+from keras_edifice.registry import architecture, with_defaults
 
 Scan = Literal[METHODS]
 Discretization = Literal["euler_b", "zoh"]
@@ -210,9 +210,7 @@ class MambaBlock(Composite):
         return input_shape
 
 
-@architecture(
-    paper="Gu & Dao 2023, Mamba: Linear-Time Sequence Modeling with Selective State "
-    "Spaces, arXiv:2312.00752",
+FACTS = dict(
     kind="sequence",
     inputs="(batch, window_size, embed_size)",
     outputs="(batch, hidden_size)",
@@ -237,9 +235,16 @@ class MambaBlock(Composite):
         "2.8b": dict(hidden_size=2560, num_layers=64),
     },
 )
+PAPER = (
+    "Gu & Dao 2023, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, "
+    "arXiv:2312.00752"
+)
+
+
+@architecture(paper=PAPER, **FACTS)
 def mamba(
     *,
-    embed_size: Size,
+    embed_size: Size | None = None,
     hidden_size: Size = 256,
     state_size: Size = 16,
     expand_factor: Size = 2,
@@ -260,12 +265,14 @@ def mamba(
     dropout: Rate = 0.0,
     return_sequences: bool = False,
     pool: Literal["last", "mean"] = "last",
+    vocab_size: Size | None = None,
+    tie_embeddings: bool = True,
     window_size: Size | None = 60,
 ) -> EdificeModel:
     """Pre-norm residual stack of Mamba blocks.
 
     Args:
-        embed_size: features of each step.
+        embed_size: features of each step; None for tokens.
         hidden_size: width of the residual stream.
         state_size: numbers that each channel remembers.
         expand_factor: width of the recurrence relative to hidden_size.
@@ -289,9 +296,15 @@ def mamba(
         dropout: rate on each block's output, in training.
         return_sequences: give every step, (batch, window_size, hidden_size).
         pool: how the steps become one vector, by the last or by their mean.
+        vocab_size: number of tokens, where the input is their numbers, (batch,
+            window_size), instead of features; the output is then the logits of the
+            next token at every step, (batch, window_size, vocab_size).
+        tie_embeddings: those logits use the matrix that embeds the tokens.
         window_size: steps of the input, None for any number.
     """
-    inputs, x = sequence_input(window_size, embed_size, hidden_size)
+    inputs, x = sequence_input(
+        window_size, embed_size, hidden_size, vocab_size, tie_embeddings
+    )
     for i in range(num_layers):
         block = MambaBlock(
             state_size=state_size,
@@ -315,3 +328,32 @@ def mamba(
         x = residual(x, block, epsilon=norm_eps, dropout=dropout)
     x = RMSNorm(norm_eps, name="final_norm")(x)
     return sequence_model(inputs, x, return_sequences, pool, name="mamba")
+
+
+architecture(
+    paper="Heinsen 2023, Efficient Parallelization of a Ubiquitous Sequential "
+    "Computation, arXiv:2311.06281",
+    title="Mamba by cumulative sums",
+    **FACTS,
+)(
+    with_defaults(
+        mamba,
+        "mamba_cumsum",
+        "Mamba whose recurrence is cumulative sums in log space.",
+        scan="cumsum",
+    )
+)
+
+architecture(
+    paper="Hillis & Steele 1986, Data Parallel Algorithms, Communications of the ACM "
+    "29(12)",
+    title="Mamba with the scan of Hillis and Steele",
+    **FACTS,
+)(
+    with_defaults(
+        mamba,
+        "mamba_hillis_steele",
+        "Mamba whose recurrence is doubled in rounds, the logarithm of its length.",
+        scan="hillis_steele",
+    )
+)

@@ -33,6 +33,25 @@ def test_stream_is_the_input_or_a_linear_map_of_it():
     assert_close(model(data), data @ model.get_weights()[0])
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_tokens_are_embedded_and_answered_by_logits(tie):
+    tensor, x = sequence_input(5, None, 3, vocab_size=11, tie_embeddings=tie)
+    assert tensor.shape == (None, 5) and tensor.dtype == "int32"
+    model = sequence_model(tensor, x * 2.0)
+    tokens = rng.integers(0, 11, (2, 5))
+    table, *other = (to_numpy(w) for w in model.weights)
+    out = table.T if tie else other[0]
+    assert_close(model(tokens), 2.0 * table[tokens] @ out)
+    assert len(model.weights) == (1 if tie else 2)
+
+
+@pytest.mark.parametrize("sizes", [(None, None), (3, 4)])
+def test_input_is_features_or_tokens(sizes):
+    embed_size, vocab_size = sizes
+    with pytest.raises(ValueError, match="pass embed_size or vocab_size, received"):
+        sequence_input(5, embed_size, 3, vocab_size)
+
+
 def test_residual_adds_the_branch_of_the_normalised_stream():
     tensor, x = sequence_input(6, 3)
     mixer = keras.layers.Dense(3, name="mixer")

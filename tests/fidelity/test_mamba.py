@@ -1,5 +1,6 @@
 import keras
 import numpy as np
+import pytest
 import torch
 from transformers import MambaConfig, MambaModel
 
@@ -35,17 +36,18 @@ def as_theirs(variable, array):
     return array if variable.name == "A_log" else array.T
 
 
-def test_mamba_equals_that_of_transformers(fidelity):
+@pytest.mark.parametrize("name", ["mamba", "mamba_cumsum", "mamba_hillis_steele"])
+def test_mamba_equals_that_of_transformers(name, fidelity):
     keras.utils.set_random_seed(0)
     ours = shake(
         keras_edifice.build(
-            "mamba",
+            name,
             embed_size=HIDDEN,
             hidden_size=HIDDEN,
             state_size=STATE,
             num_layers=LAYERS,
             return_sequences=True,
-            window_size=None,
+            window_size=19,
         )
     )
     config = MambaConfig(
@@ -74,7 +76,7 @@ def test_mamba_equals_that_of_transformers(fidelity):
         for v, parameter in weights
     ]
     fidelity.record(
-        "mamba",
+        name,
         "transformers MambaModel",
         forward=difference(ours(x), outputs.detach().numpy()),
         gradient=max(difference(a, b) for a, b in pairs),

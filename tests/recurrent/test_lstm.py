@@ -268,6 +268,18 @@ def test_long_sequences_and_saturated_gates_stay_finite():
         assert np.isfinite(y).all()
 
 
+def test_tokens_give_the_logits_of_the_next_one():
+    built = keras_edifice.build(
+        "lstm", vocab_size=7, hidden_size=4, tie_embeddings=True, window_size=5
+    )
+    tokens = rng.integers(0, 7, (2, 5))
+    table, *weights = (to_numpy(w) for w in shake(built).weights)
+    expected = recurrence(table[tokens], *weights)[0] @ table.T
+    assert_close(predict(built, tokens), expected)
+    with pytest.raises(ValueError, match="pass embed_size or bidirectional=False"):
+        keras_edifice.build("lstm", vocab_size=7, bidirectional=True)
+
+
 def test_published_sizes():
     options = dict(embed_size=64, hidden_size=128)
     assert count_weights("lstm", num_layers=2, **options)[0] == 98_816 + 131_584

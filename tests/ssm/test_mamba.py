@@ -177,6 +177,47 @@ def test_every_scan_is_the_same_function(scan):
         assert difference(ours, theirs) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["mamba_cumsum", "mamba_hillis_steele"])
+def test_other_scans_by_name_have_the_values_and_gradients_of_mamba(name):
+    # Strong decays, A = -16, with long steps, about 1: plain sums would overflow.
+    x = np.random.default_rng(1).normal(size=(1, 1024, 2)).astype("float32")
+    results = []
+    for architecture in ("mamba", name):
+        keras.utils.set_random_seed(0)
+        built = keras_edifice.build(
+            architecture,
+            **dict(embed_size=2, hidden_size=2, state_size=16, dt_rank=1),
+            **dict(num_layers=1, window_size=1024, return_sequences=True),
+        )
+        shake(built)
+        block = built.get_layer("mamba_0")
+        block.dt_bias.assign(np.full(4, 0.54))  # softplus⁻¹(1)
+        block.A_log.assign(np.log(np.arange(1.0, 17.0))[None].repeat(4, 0))
+        assert built.options["scan"] == {"mamba": "auto"}.get(
+            architecture, architecture.removeprefix("mamba_")
+        )
+        by_weight, by_input = gradients(built, x, lambda y: ops.sum(ops.square(y)))
+        results.append((predict(built, x), by_input, *by_weight))
+    for expected, found in zip(*results, strict=True):
+        assert difference(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_tokens_give_logits_of_their_embedding(tie):
+    tokens = np.array([[3, 1, 4, 1, 5]])
+    built = model(embed_size=None, vocab_size=7, tie_embeddings=tie)
+    table = built.get_layer("embed").embeddings
+    stack = model(embed_size=4)
+    kept = [w for w in built.weights if not w.path.startswith("embed/")]
+    stack.set_weights([w.numpy() for w in kept])
+    features = predict(stack, to_numpy(table)[tokens].astype("float32"))
+    out = to_numpy(table).T
+    if not tie:
+        out = to_numpy(built.get_layer("embed").reverse_embeddings)
+    assert_close(predict(built, tokens), features @ out)
+    assert_close(stream(built, tokens), predict(built, tokens))
+
+
 @pytest.mark.parametrize("pool", ["last", "mean"])
 def test_token_by_token_is_the_whole_sequence(pool):
     x = inputs()
@@ -295,7 +336,8 @@ def test_published_sizes(variant):
     width = keras_edifice.info("mamba").variants[variant]["hidden_size"]
     trainable, fixed = count_weights("mamba", embed_size=width, variant=variant)
     assert (trainable, fixed) == (SIZES[variant], 0)
-    assert trainable + 50_280 * width == WITH_EMBEDDING[variant]
+    tokens = count_weights("mamba", vocab_size=50_280, variant=variant)
+    assert tokens == (WITH_EMBEDDING[variant], 0)
 
 
 def test_config_keeps_the_arguments():
