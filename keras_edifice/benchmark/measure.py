@@ -21,7 +21,6 @@ def keep_freed_memory():
         library.mallopt(M_MMAP_MAX, 0)
 
 
-
 def seconds(call, least=0.5, calls=5):
     """Times of a call that has been warmed up: (median, smallest, largest).
 
