@@ -24,7 +24,7 @@ class DropPath(layers.Layer):
         if not 0 <= rate < 1:
             raise ValueError(f"rate must be >= 0 and < 1, received {rate!r}")
         self.rate, self.seed = rate, seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.seed_generator = keras.random.SeedGenerator(seed) if rate else None
         self.supports_masking = True
 
     def call(self, x, training=False):

@@ -31,6 +31,7 @@ class KVCache(layers.Layer):
     def __init__(self, slots, rolling=False, **kwargs):
         super().__init__(autocast=False, **kwargs)  # entries keep their dtype
         self.slots, self.rolling = slots, rolling
+        self.supports_masking = True
 
     def initial_state(self, batch_size, shapes, dtype=None, slots=None):
         """An empty cache.
@@ -103,6 +104,10 @@ class KVCache(layers.Layer):
     def reorder(self, state, rows):
         """The state of other rows, as beam search wants it. rows: (batch,), whole."""
         return {name: ops.take(x, rows, axis=0) for name, x in state.items()}
+
+    def compute_mask(self, state, mask=None):
+        """None: the entries that are held are all valid."""
+        return None
 
     def compute_output_shape(self, state_shape, entries_shape=None):
         return state_shape

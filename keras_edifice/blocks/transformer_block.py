@@ -42,9 +42,12 @@ class TransformerBlock(Composite):
         dropout: rate on the output of each branch, in training.
         drop_path: probability that a branch of an example is dropped, in training.
         layer_scale: initial factor of the branches' channels; None for no such factor.
+        remat: in training, keep only the input and compute the branches again for the
+            gradient (Chen et al. 2016, arXiv:1604.06174): less memory for more time.
 
     Raises:
-        ValueError: unknown layout or norm.
+        ValueError: unknown layout or norm; `remat` with a branch that draws random
+            numbers, which would be others the second time.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class TransformerBlock(Composite):
         dropout=0.0,
         drop_path=0.0,
         layer_scale=None,
+        remat=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -70,7 +74,7 @@ class TransformerBlock(Composite):
         self.mixer, self.ffn, self.layout = mixer, ffn, layout
         self.norm, self.epsilon = norm, epsilon
         self.dropout, self.drop_path = dropout, drop_path
-        self.layer_scale = layer_scale
+        self.layer_scale, self.remat = layer_scale, remat
         self.supports_masking = True
 
     def build(self, x_shape, condition_shape=None):
@@ -87,6 +91,11 @@ class TransformerBlock(Composite):
                 self._own(f"{name}_scale", LayerScale, self.layer_scale).build(x_shape)
             self._own(f"{name}_dropout", layers.Dropout, self.dropout)
             self._own(f"{name}_drop_path", DropPath, self.drop_path)
+        if self.remat and any("seed_generator" in v.path for v in self.variables):
+            raise ValueError(
+                f"remat=True of {self.name} needs branches without random numbers, "
+                "received one that drops; pass rates of 0 or remat=False"
+            )
 
     def _own(self, name, kind, *arguments):
         """Makes a sub-layer that is an attribute of its own name."""
@@ -127,7 +136,12 @@ class TransformerBlock(Composite):
                 y, states[name] = y
             return y
 
-        x = self._layout(x, condition, run, training)
+        def branches(x):
+            return self._layout(x, condition, run, training)
+
+        if self.remat and training and not return_state:
+            branches = keras.remat(branches)
+        x = branches(x)
         return (x, (states["mixer"], states["ffn"])) if return_state else x
 
     def _layout(self, x, condition, run, training):

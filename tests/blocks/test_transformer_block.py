@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_edifice.backends.timing import forward_and_backward
 from keras_edifice.blocks.causal_conv import CausalConv
 from keras_edifice.blocks.feed_forward import FeedForward, GatedFFN
 from keras_edifice.blocks.transformer_block import LAYOUTS, TransformerBlock, stack
@@ -144,6 +145,47 @@ def test_stack_drops_later_blocks_more_often_and_trains():
     before = model.evaluate(x, 0.5 * x, verbose=0)  # without dropped branches
     model.fit(x, 0.5 * x, epochs=10, verbose=0)
     assert model.evaluate(x, 0.5 * x, verbose=0) < before
+
+
+def trained(remat):
+    """Weights after two steps of a stack, and memory of its gradient."""
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6, 4))
+    layers = []
+
+    def make(i, rate):
+        mixer = CausalConv(3, name=f"conv_{i}")
+        ffn = GatedFFN(512, name=f"ffn_{i}")
+        layers.append(TransformerBlock(mixer, ffn, remat=remat, name=f"block_{i}"))
+        return layers[-1]
+
+    model = keras.Model(x, stack(x, make, 4))
+    model.compile("sgd", "mse")
+    data = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")
+    model.fit(data, 2.0 * data, batch_size=4, epochs=1, shuffle=False, verbose=0)
+
+    def run(x):
+        for layer in layers:
+            x = layer(x, training=True)
+        return x
+
+    long = np.ones((8, 128, 4), "float32")
+    return model.get_weights(), forward_and_backward(run, [long]).peak_bytes()
+
+
+def test_rematerialisation_trains_the_same_weights_with_less_memory():
+    (kept, memory), (again, less) = trained(False), trained(True)
+    for a, b in zip(kept, again, strict=True):
+        assert_close(b, a, 1e-6)
+    if memory is None:
+        pytest.skip("this build of the backend does not count its memory")
+    assert less < 0.9 * memory  # one block of four is computed at a time
+
+
+def test_rematerialisation_refuses_random_branches():
+    layer = block("pre", dropout=0.1, remat=True, name="block")
+    with pytest.raises(ValueError, match="received one that drops; pass rates of 0"):
+        layer.build((None, 6, 4))
 
 
 def test_unknown_names_are_refused():
