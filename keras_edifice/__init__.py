@@ -29,9 +29,11 @@ if _unusable is None:
     from keras_edifice.comparison import compare
     from keras_edifice.exporting import export
     from keras_edifice.model import EdificeModel
+    from keras_edifice.streaming import StreamingModel, streaming
 
     __all__ = [
         "EdificeModel",
+        "StreamingModel",
         "architecture",
         "build",
         "classifier",
@@ -42,6 +44,7 @@ if _unusable is None:
         "list_architectures",
         "list_families",
         "search",
+        "streaming",
     ]
 
     load_plugins()

@@ -7,8 +7,8 @@ import keras
 from keras_edifice.backends import arrays, child
 
 
-def run_onnx(model, path, batches, folder):
-    """Outputs of an ONNX file, flat, for each batch: a flat list of inputs."""
+def onnx_session(model, path):
+    """A function from flat inputs to flat outputs, by onnxruntime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -20,11 +20,17 @@ def run_onnx(model, path, batches, folder):
     names = [x.name for x in model.inputs]
     if len(taken) == len(names):  # those that had no name got one
         names = taken
-    results = []
-    for flat in batches:
+
+    def run(flat):
         given = dict(zip(names, flat, strict=True))
-        results.append(session.run(None, {name: given[name] for name in taken}))
-    return results
+        return session.run(None, {name: given[name] for name in taken})
+
+    return run
+
+
+def run_onnx(model, path, batches, folder):
+    """Outputs of an ONNX file, flat, for each batch: a flat list of inputs."""
+    return [*map(onnx_session(model, path), batches)]
 
 
 def run_saved_model(model, path, batches, folder):

@@ -19,6 +19,8 @@ class DropPath(layers.Layer):
         seed: of the random numbers.
     """
 
+    per_step = True
+
     def __init__(self, rate, seed=None, **kwargs):
         super().__init__(**kwargs)
         if not 0 <= rate < 1:

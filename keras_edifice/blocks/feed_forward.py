@@ -38,14 +38,24 @@ class FeedForward(Composite):
         activation: φ, a name of Keras, "gelu_tanh" or "squared_relu".
         use_bias: whether there are biases.
         dropout: rate after the activation, in training.
+        stddev: of the normal distribution that the matrices start from; None for
+            Glorot's uniform one.
     """
 
+    per_step = True
+
     def __init__(
-        self, hidden_size=None, activation="gelu", use_bias=True, dropout=0.0, **kwargs
+        self,
+        hidden_size=None,
+        activation="gelu",
+        use_bias=True,
+        dropout=0.0,
+        stddev=None,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         self.hidden_size, self.activation = hidden_size, activation
-        self.use_bias, self.dropout = use_bias, dropout
+        self.use_bias, self.dropout, self.stddev = use_bias, dropout, stddev
         self.supports_masking = True
 
     def build(self, input_shape):
@@ -54,10 +64,19 @@ class FeedForward(Composite):
         self.drop = layers.Dropout(self.dropout, dtype=self.dtype_policy, name="drop")
         for name, units in self._matrices(features).items():
             layer = layers.Dense(
-                units, use_bias=self.use_bias, dtype=self.dtype_policy, name=name
+                units,
+                use_bias=self.use_bias,
+                kernel_initializer=self._start(),
+                dtype=self.dtype_policy,
+                name=name,
             )
             layer.build((None, self.width if name == "down" else features))
             setattr(self, name, layer)
+
+    def _start(self):
+        if self.stddev is None:
+            return "glorot_uniform"
+        return keras.initializers.RandomNormal(stddev=self.stddev)
 
     def _default_width(self, features):
         return 4 * features
@@ -90,6 +109,7 @@ class GatedFFN(FeedForward):
         use_bias: whether there are biases.
         dropout: rate after the product, in training.
         fused: one matrix for gate and up, the gate first.
+        stddev: as in `FeedForward`.
     """
 
     def __init__(
@@ -101,9 +121,10 @@ class GatedFFN(FeedForward):
         use_bias=False,
         dropout=0.0,
         fused=False,
+        stddev=None,
         **kwargs,
     ):
-        super().__init__(hidden_size, activation, use_bias, dropout, **kwargs)
+        super().__init__(hidden_size, activation, use_bias, dropout, stddev, **kwargs)
         self.expansion, self.multiple_of, self.fused = expansion, multiple_of, fused
 
     def _default_width(self, features):

@@ -107,7 +107,7 @@ class KVCache(layers.Layer):
 
     def compute_mask(self, state, mask=None):
         """None: the entries that are held are all valid."""
-        return None
+        return
 
     def compute_output_shape(self, state_shape, entries_shape=None):
         return state_shape

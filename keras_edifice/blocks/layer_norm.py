@@ -20,6 +20,8 @@ class LayerNorm(layers.Layer):
         scale: whether there is a learned scale.
     """
 
+    per_step = True
+
     def __init__(self, epsilon=1e-5, center=True, scale=True, **kwargs):
         super().__init__(**kwargs)
         self.epsilon, self.center, self.scale = epsilon, center, scale

@@ -18,6 +18,8 @@ class LayerScale(layers.Layer):
             1e-6 for more.
     """
 
+    per_step = True
+
     def __init__(self, initial=1e-5, **kwargs):
         super().__init__(**kwargs)
         self.initial = initial

@@ -26,6 +26,8 @@ class PerHeadNorm(layers.Layer):
         ValueError: the heads do not divide the last axis.
     """
 
+    per_step = True
+
     def __init__(
         self,
         num_heads=None,

@@ -21,6 +21,8 @@ class RMSNorm(layers.Layer):
         zero_centered: γ is one plus the weight, which starts at zero (Gemma, Griffin).
     """
 
+    per_step = True
+
     def __init__(self, epsilon=1e-5, scale=True, zero_centered=False, **kwargs):
         super().__init__(**kwargs)
         self.epsilon, self.scale = epsilon, scale

@@ -20,6 +20,8 @@ class ScaleNorm(layers.Layer):
         initial_scale: g at the start; None for the root of the number of features.
     """
 
+    per_step = True
+
     def __init__(self, epsilon=1e-5, initial_scale=None, **kwargs):
         super().__init__(**kwargs)
         self.epsilon, self.initial_scale = epsilon, initial_scale

@@ -155,5 +155,13 @@ class SequencePool(layers.Layer):
         total, count = state[0] + ops.cast(x_t, "float32"), state[1] + 1.0
         return ops.cast(total / count, x_t.dtype), (total, count)
 
+    def prefill(self, x, state):
+        """Many steps: (batch, time, features), the state -> the output, the state."""
+        if self.pool == "last":
+            return self(x), ()
+        total = state[0] + ops.sum(ops.cast(x, "float32"), axis=1)
+        count = state[1] + ops.cast(ops.shape(x)[1], "float32")
+        return ops.cast(total / count, x.dtype), (total, count)
+
     def compute_output_shape(self, input_shape):
         return input_shape[0], input_shape[-1]

@@ -171,12 +171,23 @@ class TransformerBlock(Composite):
                 x = x + branch(name, norm(x))
         return x
 
-    def initial_state(self, batch_size):
-        """The states of mixer and feed-forward before the first step."""
-        return tuple(
-            branch.initial_state(batch_size) if hasattr(branch, "initial_state") else ()
-            for branch in (self.mixer, self.ffn)
-        )
+    def initial_state(self, batch_size, max_length=None):
+        """The states of mixer and feed-forward before the first step.
+
+        Args:
+            batch_size: number of rows.
+            max_length: of a mixer that caches tokens; its own if None.
+        """
+
+        def of(branch):
+            if not hasattr(branch, "initial_state"):
+                return ()
+            accepted = inspect.signature(branch.initial_state).parameters
+            if max_length is None or "max_length" not in accepted:
+                return branch.initial_state(batch_size)
+            return branch.initial_state(batch_size, max_length=max_length)
+
+        return of(self.mixer), of(self.ffn)
 
     def step(self, x_t, state):
         """One step: (batch, features) and the state -> the output and the new state.

@@ -471,7 +471,9 @@ def _attend_in_chunks(run, q, k, v, state, decays, chunk_size):
         decays = [g * ops.ones_like(v[:1, :, :1, :1]) for g in decays]
     q, k, v, *decays = (_in_chunks(x, count, size) for x in (q, k, v, *decays))
     joined = run(q, k, v, state, *decays)
-    return joined[:, :steps], ops.swapaxes(joined[:, -key:], 1, 2)
+    last = ops.swapaxes(joined[:, -key:], 1, 2)
+    # TensorFlow forgets the number of keys where that of the steps is unknown.
+    return joined[:, :steps], ops.reshape(last, (-1, *state.shape[1:]))
 
 
 def _in_chunks(x, count, size):

@@ -10,17 +10,18 @@ its bias starts at one.
 from typing import Literal
 
 import keras
-from keras import layers, ops
+from keras import layers
 
 from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.blocks.sequence import read_out, sequence_input
 from keras_edifice.model import EdificeModel
 from keras_edifice.options import Rate, Size
+from keras_edifice.recurrent.truncation import TruncatedBPTT
 from keras_edifice.registry import architecture
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
-class LSTMLayer(layers.LSTM):
+class LSTMLayer(TruncatedBPTT, layers.LSTM):
     """Keras's LSTM, (batch, time, features) -> (batch, time, units), that streams.
 
     The state is (h, c), each (batch, units). Masked steps leave it as it is.
@@ -28,49 +29,9 @@ class LSTMLayer(layers.LSTM):
     Args:
         units: width of the state.
         truncate_bptt: the last steps, as a number, through whose states the gradient
-            runs; it stops at the state before them. None for all.
+            runs; None for all. See `TruncatedBPTT`.
         **kwargs: those of `keras.layers.LSTM`.
-
-    Raises:
-        ValueError: truncation of a sequence of unknown length, or from its end to its
-            beginning.
     """
-
-    def __init__(self, units, truncate_bptt=None, **kwargs):
-        super().__init__(units, **kwargs)
-        self.truncate_bptt = truncate_bptt
-
-    def build(self, sequences_shape, initial_state_shape=None):
-        if self.truncate_bptt and sequences_shape[1] is None:
-            raise ValueError(
-                f"truncate_bptt={self.truncate_bptt} needs a known number of steps, "
-                "received None; pass window_size"
-            )
-        if self.truncate_bptt and self.go_backwards:
-            raise ValueError(
-                f"truncate_bptt={self.truncate_bptt} keeps the last steps, which a "
-                "layer that goes backwards takes first; pass bidirectional=False"
-            )
-        super().build(sequences_shape, initial_state_shape)
-
-    def inner_loop(self, sequences, initial_state, mask, training=False):
-        kept = self.truncate_bptt
-        if not kept or sequences.shape[1] <= kept:
-            return super().inner_loop(sequences, initial_state, mask, training)
-        if mask is not None:
-            early, late = mask[:, :-kept], mask[:, -kept:]
-        else:
-            early = late = None
-        _, before, state = super().inner_loop(
-            sequences[:, :-kept], initial_state, early, training
-        )
-        state = [ops.stop_gradient(part) for part in state]
-        last, after, state = super().inner_loop(
-            sequences[:, -kept:], state, late, training
-        )
-        if self.return_sequences:
-            after = ops.concatenate([before, after], axis=1)
-        return last, after, state
 
     def initial_state(self, batch_size):
         """(h, c) before the first step: zeros."""
@@ -80,9 +41,6 @@ class LSTMLayer(layers.LSTM):
         """One step: (batch, features) and (h, c) -> (batch, units) and (h, c)."""
         h, state = self.cell(x_t, list(state), training=False)
         return h, tuple(state)
-
-    def get_config(self):
-        return {**super().get_config(), "truncate_bptt": self.truncate_bptt}
 
 
 @architecture(

@@ -16,6 +16,10 @@ from keras import initializers, layers, ops
 
 from keras_edifice.blocks.causal_conv import CausalConv
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.recurrence_initializers import (
+    fan_in_uniform,
+    step_size_bias,
+)
 from keras_edifice.blocks.rms_norm import RMSNorm
 from keras_edifice.blocks.sequence import residual, sequence_input, sequence_model
 from keras_edifice.model import EdificeModel
@@ -25,11 +29,6 @@ from keras_edifice.registry import architecture, with_defaults
 
 Scan = Literal[METHODS]
 Discretization = Literal["euler_b", "zoh"]
-
-
-def _fan_in_uniform(divisor=1):
-    """U(±1/√inputs), the default of the authors' linear maps, over √divisor."""
-    return initializers.VarianceScaling(1 / (3 * divisor), "fan_in", "uniform")
 
 
 def _log_arange(shape, dtype=None):
@@ -91,7 +90,7 @@ class MambaBlock(Composite):
         depth=1,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # the state keeps its precision
         self.state_size, self.expand_factor = state_size, expand_factor
         self.conv_size, self.dt_rank = conv_size, dt_rank
         self.scan, self.chunk_size = check(Scan, "scan", scan), chunk_size
@@ -111,7 +110,7 @@ class MambaBlock(Composite):
             layer = layers.Dense(
                 units,
                 use_bias=use_bias,
-                kernel_initializer=initializer or _fan_in_uniform(),
+                kernel_initializer=initializer or fan_in_uniform(),
                 dtype=self.dtype_policy,
                 name=name,
             )
@@ -131,9 +130,15 @@ class MambaBlock(Composite):
         bound = self.dt_scale * rank**-0.5
         uniform = initializers.RandomUniform(-bound, bound)
         self.dt_proj = dense(width, "dt_proj", rank, uniform)
-        self.dt_bias = self.add_weight((width,), self._initial_bias, name="dt_bias")
-        self.A_log = self.add_weight((width, size), _log_arange, name="A_log")
-        self.D = self.add_weight((width,), "ones", name="D")
+        bias = step_size_bias(self.dt_min, self.dt_max, self.dt_init_floor)
+        starts = {
+            "dt_bias": ((width,), bias),
+            "A_log": ((width, size), _log_arange),
+            "D": ((width,), "ones"),
+        }
+        for weight, (shape, start) in starts.items():  # in float32 at any precision
+            made = self.add_weight(shape, start, autocast=False, name=weight)
+            setattr(self, weight, made)
         self.norms = []
         if self.inner_norms:
             sizes = {"dt_norm": rank, "B_norm": size, "C_norm": size}
@@ -144,15 +149,8 @@ class MambaBlock(Composite):
             for norm, inputs in zip(self.norms, sizes.values(), strict=True):
                 norm.build((None, None, inputs))
         self.out_proj = dense(
-            features, "out_proj", width, _fan_in_uniform(self.depth), self.use_bias
+            features, "out_proj", width, fan_in_uniform(self.depth), self.use_bias
         )
-
-    def _initial_bias(self, shape, dtype=None):
-        """softplus⁻¹(Δ) for Δ log-uniform from dt_min to dt_max."""
-        low, high = math.log(self.dt_min), math.log(self.dt_max)
-        dt = ops.exp(initializers.RandomUniform(low, high)(shape, "float32"))
-        dt = ops.maximum(dt, self.dt_init_floor)
-        return ops.cast(dt + ops.log(-ops.expm1(-dt)), dtype or "float32")
 
     def call(self, x, mask=None, initial_state=None, return_state=False):
         seen, h = (None, None) if initial_state is None else initial_state

@@ -86,3 +86,12 @@ def test_int8_weights_survive_saving(tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.get_layer("ffn").gate.quantization_mode == "int8"
     assert_close(loaded(x), model(x), 1e-6)
+
+
+def test_matrices_start_normal_with_the_given_deviation():
+    keras.utils.set_random_seed(0)
+    layer = GatedFFN(256, stddev=0.02)
+    layer.build((None, None, 64))
+    for weight in layer.weights:
+        assert abs(to_numpy(weight).std() - 0.02) < 0.001
+    assert layer.get_config()["stddev"] == 0.02

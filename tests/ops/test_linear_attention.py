@@ -568,6 +568,7 @@ class Mixer(layers.Layer):
         forms = {
             "channel": (linear_attention, q, k, v, -ops.softplus(g)),
             "stabilized": (stabilized_linear_attention, q, k, v, i, f),
+            "grouped": (linear_attention, q[:, :, :1], k[:, :, :1], v, f),
         }
         calls = [forms[name] for name in self.forms]
         outputs = [function(*args, chunk_size=4) for function, *args in calls]
@@ -586,7 +587,7 @@ def mixer_of(length, *forms):
 
 @pytest.mark.parametrize("length", [9, None])
 def test_chunks_train_in_fit(length):
-    model = mixer_of(length, "channel", "stabilized")
+    model = mixer_of(length, "channel", "stabilized", "grouped")
     # XLA knows every length, so that the known one is enough for it.
     jit = keras.backend.backend() == "tensorflow" and length is not None
     model.compile(keras.optimizers.Adam(1e-2), "mse", jit_compile=jit or "auto")

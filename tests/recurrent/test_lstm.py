@@ -169,22 +169,6 @@ def test_truncated_gradient_is_that_of_a_fixed_state_before():
     assert_close(by_input[:, 4:], numerical_gradient(value, x[:, 4:]), 1e-4)
 
 
-def test_truncation_longer_than_the_sequence_does_nothing():
-    x = inputs()
-    free, cut = model(), model(truncate_bptt=7)
-    cut.set_weights(free.get_weights())
-    _, expected = gradients(free, x, lambda y: ops.sum(ops.square(y)))
-    _, by_input = gradients(cut, x, lambda y: ops.sum(ops.square(y)))
-    assert_close(by_input, expected, 1e-6)
-
-
-def test_truncation_that_cannot_be_done_is_refused():
-    with pytest.raises(ValueError, match="pass window_size"):
-        keras_edifice.build("lstm", embed_size=3, truncate_bptt=4, window_size=None)
-    with pytest.raises(ValueError, match="pass bidirectional=False"):
-        keras_edifice.build("lstm", embed_size=3, truncate_bptt=4, bidirectional=True)
-
-
 def test_both_directions_mirror_each_other_on_a_palindrome():
     both = model(bidirectional=True, num_layers=1)
     weights = both.get_weights()
@@ -220,12 +204,11 @@ def test_padding_changes_nothing(pool, bidirectional):
 
 
 def test_masked_steps_leave_the_state():
-    for truncate_bptt in (None, 2):
-        cell, x = layer(truncate_bptt=truncate_bptt), inputs()
-        mask = ops.convert_to_tensor(np.arange(7)[None].repeat(2, 0) < 4)
-        _, *state = cell(ops.convert_to_tensor(x), mask=mask)
-        _, *expected = cell(x[:, :4])
-        assert_close(ops.stack(state), ops.stack(expected), 1e-6)
+    cell, x = layer(), inputs()
+    mask = ops.convert_to_tensor(np.arange(7)[None].repeat(2, 0) < 4)
+    _, *state = cell(ops.convert_to_tensor(x), mask=mask)
+    _, *expected = cell(x[:, :4])
+    assert_close(ops.stack(state), ops.stack(expected), 1e-6)
 
 
 def test_pool_is_the_mean_of_both_directions_unless_asked():
@@ -284,12 +267,3 @@ def test_published_sizes():
     options = dict(embed_size=64, hidden_size=128)
     assert count_weights("lstm", num_layers=2, **options)[0] == 98_816 + 131_584
     assert count_weights("lstm", num_layers=1, **options)[0] == 98_816
-
-
-def test_saved_layer_keeps_the_truncation(tmp_path):
-    built, path = model(truncate_bptt=3), tmp_path / "model.keras"
-    built.save(path)
-    loaded = keras.saving.load_model(path)
-    assert loaded.get_layer("lstm_1").truncate_bptt == 3
-    x = inputs()
-    assert_close(loaded(x), predict(built, x), 1e-6)

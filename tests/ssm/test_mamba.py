@@ -331,6 +331,25 @@ def test_half_precision_streams_with_a_state_in_float32():
     assert difference(ops.stack(outputs, axis=1), whole) < 0.02
 
 
+def test_half_precision_keeps_the_weights_and_states_of_the_recurrence():
+    half, full = (
+        block(dtype=dtype, conv_bias=False) for dtype in ("mixed_bfloat16", "float32")
+    )
+    nothing = np.zeros((2, 5, 4), "float32")
+    h = rng.normal(size=(2, 8, 3)).astype("float32")
+    (_, (_, found)), (_, (_, expected)) = (
+        run(
+            built,
+            nothing,
+            initial_state=(built.conv.initial_state(2), h),
+            return_state=True,
+        )
+        for built in (half, full)
+    )
+    assert np.abs(to_numpy(expected)).max() > 0.1
+    assert difference(found, expected) < 1e-5
+
+
 @pytest.mark.parametrize("variant", SIZES)
 def test_published_sizes(variant):
     width = keras_edifice.info("mamba").variants[variant]["hidden_size"]

@@ -1,0 +1,34 @@
+"""A function of tensors and weights, compiled to be called again and again."""
+
+import keras
+
+
+def inference(function, variables):
+    """The function without gradients, compiled on JAX and TensorFlow.
+
+    Args:
+        function: of tensors in nested structures, giving the same.
+        variables: the Keras variables that it reads; it sees their present values.
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, reduce_retracing=True)
+    if backend == "torch":
+        import torch
+
+        return torch.no_grad()(function)
+    return _jax(function, variables)
+
+
+def _jax(function, variables):
+    import jax
+
+    @jax.jit
+    def run(values, arguments):
+        scope = keras.StatelessScope(zip(variables, values, strict=True))
+        with scope:
+            return function(*arguments)
+
+    return lambda *arguments: run([v.value for v in variables], arguments)
