@@ -31,7 +31,7 @@ Scan = Literal[METHODS]
 Discretization = Literal["euler_b", "zoh"]
 
 
-def _log_arange(shape, dtype=None):
+def log_arange(shape, dtype=None):
     """S4D-Real: row e of A is -1, -2, ..., -N."""
     rates = ops.log(ops.arange(1, shape[-1] + 1, dtype="float32"))
     return ops.cast(rates + ops.zeros(shape), dtype or "float32")
@@ -126,19 +126,11 @@ class MambaBlock(Composite):
             name="conv",
         )
         self.conv.build((None, None, width))
-        self.x_proj = dense(rank + 2 * size, "x_proj", width)
+        self.x_proj = dense(self._selected(), "x_proj", width)
         bound = self.dt_scale * rank**-0.5
         uniform = initializers.RandomUniform(-bound, bound)
         self.dt_proj = dense(width, "dt_proj", rank, uniform)
-        bias = step_size_bias(self.dt_min, self.dt_max, self.dt_init_floor)
-        starts = {
-            "dt_bias": ((width,), bias),
-            "A_log": ((width, size), _log_arange),
-            "D": ((width,), "ones"),
-        }
-        for weight, (shape, start) in starts.items():  # in float32 at any precision
-            made = self.add_weight(shape, start, autocast=False, name=weight)
-            setattr(self, weight, made)
+        self._build_recurrence(width, size)
         self.norms = []
         if self.inner_norms:
             sizes = {"dt_norm": rank, "B_norm": size, "C_norm": size}
@@ -151,6 +143,22 @@ class MambaBlock(Composite):
         self.out_proj = dense(
             features, "out_proj", width, fan_in_uniform(self.depth), self.use_bias
         )
+
+    def _selected(self):
+        """Width of what is selected by the token: δ, B and C."""
+        return self.rank + 2 * self.state_size
+
+    def _build_recurrence(self, width, size):
+        """The weights of Δ, A and D, in float32 at any precision."""
+        bias = step_size_bias(self.dt_min, self.dt_max, self.dt_init_floor)
+        starts = {
+            "dt_bias": ((width,), bias),
+            "A_log": ((width, size), log_arange),
+            "D": ((width,), "ones"),
+        }
+        for name, (shape, start) in starts.items():
+            weight = self.add_weight(shape, start, autocast=False, name=name)
+            setattr(self, name, weight)
 
     def call(self, x, mask=None, initial_state=None, return_state=False):
         seen, h = (None, None) if initial_state is None else initial_state
