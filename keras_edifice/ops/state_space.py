@@ -14,7 +14,7 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_edifice.ops.complex_scan import complex_linear_scan_step
+from keras_edifice.ops.complex_scan import complex_linear_scan, complex_linear_scan_step
 from keras_edifice.ops.fourier import irfft
 from keras_edifice.ops.long_conv import long_conv
 from keras_edifice.ops.pairs import add, conjugate, exact, exp, reciprocal, times
@@ -141,6 +141,31 @@ def modal_conv(x, rate, weight, initial_state=None, return_state=False, mode="ff
         passed = exp((count * rate[0], count * rate[1]))
         state = add(state, times(passed, exact(initial_state)))
     return y, state
+
+
+def modal_scan(x, rate, weight, mask, initial_state=None):
+    """`modal_conv` as a recurrence that stands still at masked steps.
+
+    The states of all steps are held at once.
+
+    Args:
+        x: (batch, time, features), zero at masked steps.
+        rate: pair of (features or 1, n), r.
+        weight: pair of (features, n), w.
+        mask: (batch, time), False for steps that leave h as it is.
+        initial_state: pair of (batch, features, n); zero if None.
+
+    Returns:
+        (batch, time, features) in the dtype of x, and h after the last step.
+    """
+    rate, weight = exact(rate), exact(weight)
+    rate = tuple(z * ops.ones_like(weight[0]) for z in rate)
+    mask = ops.expand_dims(ops.expand_dims(mask, -1), -1)
+    re, im = exp(rate)
+    decay = ops.where(mask, re, 1.0), ops.where(mask, im, 0.0)
+    u = ops.expand_dims(ops.cast(x, re.dtype), -1) * ops.ones_like(re)
+    h, state = complex_linear_scan(decay, (u, ops.zeros_like(u)), initial_state, True)
+    return ops.cast(ops.sum(times(weight, h)[0], axis=-1), x.dtype), state
 
 
 def modal_step(x, rate, weight, state):

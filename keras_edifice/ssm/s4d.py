@@ -21,15 +21,14 @@ from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.blocks.recurrence_initializers import fan_in_uniform, step_size_bias
 from keras_edifice.blocks.sequence import residual, sequence_input, sequence_model
 from keras_edifice.model import EdificeModel
-from keras_edifice.ops.complex_scan import complex_linear_scan
 from keras_edifice.ops.gelu import gelu
 from keras_edifice.ops.hippo import INITS, s4d_init
 from keras_edifice.ops.long_conv import MODES
-from keras_edifice.ops.pairs import exp, times
 from keras_edifice.ops.state_space import (
     DISCRETIZATIONS,
     diagonal_modes,
     modal_conv,
+    modal_scan,
     modal_step,
 )
 from keras_edifice.options import NonNegative, Positive, Rate, Size, check
@@ -195,7 +194,7 @@ class S4DLayer(Composite):
         if mask is not None:
             u = ops.where(ops.expand_dims(mask, -1), u, ops.zeros_like(u))
         if stateful and mask is not None:
-            y, state = self._scanned(u, mask, initial_state)
+            y, state = modal_scan(u, *self.modes(), mask, initial_state)
         else:
             y = modal_conv(
                 u, *self.modes(), initial_state, return_state, self.conv_mode
@@ -205,16 +204,6 @@ class S4DLayer(Composite):
             y = y + self._ahead(u)
         y = self._mixed(y, u, training)
         return (y, state) if return_state else y
-
-    def _scanned(self, u, mask, state):
-        """The recurrence, that stands still at masked steps."""
-        rate, weight = self.modes()
-        mask = ops.expand_dims(ops.expand_dims(mask, -1), -1)
-        re, im = exp(rate)
-        decay = ops.where(mask, re, 1.0), ops.where(mask, im, 0.0)
-        u = ops.expand_dims(u, -1) * ops.ones_like(re)  # (b, t, features, n)
-        h, state = complex_linear_scan(decay, (u, ops.zeros_like(u)), state, True)
-        return ops.sum(times(weight, h)[0], axis=-1), state
 
     def _ahead(self, u):
         """The convolution with what comes after each step."""

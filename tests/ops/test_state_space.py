@@ -17,6 +17,7 @@ from keras_edifice.ops.state_space import (
     dplr_system,
     modal_conv,
     modal_kernel,
+    modal_scan,
     modal_step,
     ssm_kernel_diag,
     ssm_kernel_dplr,
@@ -213,6 +214,23 @@ def test_modal_convolution_is_the_recurrence(length):
         compiled(modal_conv)(ops.convert_to_tensor(x), *modes),
         recurrence(x, rate, weight)[0],
     )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_modal_scan_stands_still_at_masked_steps(shared):
+    rate, weight = rounded(-np.ones((1 if shared else 3, 2)) + 1j), complex_normal(3, 2)
+    x = rng.normal(size=(2, 9, 3)).astype("float32")
+    state = complex_normal(2, 3, 2)
+    mask = np.ones((2, 9), bool)
+    mask[:, [0, 4, 5, 8]] = False
+    y, last = compiled(modal_scan)(
+        ops.convert_to_tensor(x * mask[..., None]),
+        *(pair(rate), pair(weight), ops.convert_to_tensor(mask), pair(state)),
+    )
+    expected, expected_last = recurrence(x[:, mask[0]], rate, weight, state)
+    assert_close(to_numpy(y)[:, mask[0]], expected)
+    assert_close(last[0], expected_last.real)
+    assert_close(last[1], expected_last.imag)
 
 
 def test_modal_convolution_shares_modes_between_features():
