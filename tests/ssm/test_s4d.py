@@ -302,7 +302,7 @@ def test_future_tokens_do_not_change_the_past():
     x = inputs(40)
     changed = x.copy()
     changed[:, 20:] += 1.0
-    for mode, tolerance in {"fft": 1e-5, "direct": 0.0}.items():
+    for mode, tolerance in {"fft": 1e-5, "direct": 0.0}.items():  # transforms round
         built = model(conv_mode=mode)
         before, after = predict(built, x), predict(built, changed)
         assert_close(after[:, :20], before[:, :20], tolerance)
