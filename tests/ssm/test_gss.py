@@ -181,7 +181,8 @@ def test_future_tokens_do_not_change_the_past():
     changed = x.copy()
     changed[:, 20:] += 1.0
     before, after = predict(built, x), predict(built, changed)
-    assert_close(after[:, :20], before[:, :20], 1e-5)  # Fourier transforms round
+    # Fourier transforms round relative to the whole sequence, twice before a norm.
+    assert difference(after[:, :20], before[:, :20]) < 1e-4
     assert difference(after[:, 20:], before[:, 20:]) > 1e-3
 
 

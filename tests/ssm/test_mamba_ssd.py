@@ -244,7 +244,8 @@ def test_every_chunk_size_is_the_same_function():
     for y, by_weight in results[1:]:
         assert_close(y, results[0][0])
         for ours, expected in zip(by_weight, results[0][1], strict=True):
-            assert difference(ours, expected) < 1e-4
+            # That of a decay is a difference of sums far larger than itself.
+            assert difference(ours, expected) < 1e-3
 
 
 @pytest.mark.parametrize("pool", ["last", "mean"])
