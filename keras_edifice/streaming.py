@@ -84,10 +84,11 @@ class StreamingModel:
         self.input_name = model.inputs[0].name
         self._stateful = {}  # name of a use -> the layer
         _walk(model, None, self._note)
+        self._structures = {n: _structure(s) for n, s in self._states(1).items()}
         self._owners = {  # name of a part of the state -> name of the use
             f"{name}_{i}": name
-            for name, state in self._states(1).items()
-            for i in range(len(tree.flatten(state)))
+            for name, structure in self._structures.items()
+            for i in tree.flatten(structure)
         }
         self.step_model = self._make_step_model()
         variables = model.variables
@@ -203,21 +204,28 @@ class StreamingModel:
             )
             for name, part in self.initial_state(1).items()
         }
-        y, new = self._run(x, state, lambda layer, name: Step(layer, name=name))
+        y, new = self._run(x, state, lambda layer, name, _: Step(layer, name=name))
         outputs = {"outputs": y, **{f"next_{n}": part for n, part in new.items()}}
         inputs = {self.input_name: x, **state}
         return keras.Model(inputs, outputs, name=f"{self.model.name}_step")
 
     def _one_step(self, x_t, state):
-        return self._run(x_t, state, lambda layer, _: functools.partial(_step, layer))
+        def make(layer, name, structure):
+            return functools.partial(_step, layer, structure)
+
+        return self._run(x_t, state, make)
 
     def _whole(self, x, state):
-        return self._run(x, state, lambda layer, _: functools.partial(_prefill, layer))
+        def make(layer, name, structure):
+            return functools.partial(_prefill, layer, structure)
+
+        return self._run(x, state, make)
 
     def _run(self, x, state, make):
         """The output and the new state.
 
-        `make(layer, name)` is a function [x, *parts of the state] -> [y, *new parts].
+        `make(layer, name, structure of its state)` is a function
+        [x, *parts of the state] -> [y, *new parts].
         """
         state = dict(state)
 
@@ -225,7 +233,8 @@ class StreamingModel:
             if name not in self._stateful:
                 return layer(x, *args, **kwargs)
             names = [n for n, owner in self._owners.items() if owner == name]
-            y, *parts = make(layer, name)([x, *(state[n] for n in names)])
+            run = make(layer, name, self._structures[name])
+            y, *parts = run([x, *(state[n] for n in names)])
             state.update(zip(names, parts, strict=True))
             return y
 
@@ -250,9 +259,10 @@ class Step(layers.Layer):
         if not self.layer.built:
             batch, *features = input_shape[0]
             self.layer.build((batch, None, *features))
+        self._leaves = _structure(self.layer.initial_state(1))
 
     def call(self, inputs):
-        return _step(self.layer, inputs)
+        return _step(self.layer, self._leaves, inputs)
 
     def get_config(self):
         layer = keras.saving.serialize_keras_object(self.layer)
@@ -264,25 +274,31 @@ class Step(layers.Layer):
         return cls(**{**config, "layer": layer})
 
 
-def _step(layer, inputs):
+def _structure(state):
+    """The state with the number of each part in its place: no tensors to carry."""
+    parts = tree.flatten(state)
+    return tree.pack_sequence_as(state, list(range(len(parts)))) if parts else ()
+
+
+def _packed(structure, parts):
+    return tree.pack_sequence_as(structure, parts) if parts else ()
+
+
+def _step(layer, structure, inputs):
     x, *parts = inputs
-    y, state = layer.step(x, _packed(layer, parts))
+    y, state = layer.step(x, _packed(structure, parts))
     return [y, *tree.flatten(state)]
 
 
-def _prefill(layer, inputs):
+def _prefill(layer, structure, inputs):
     """By the layer's own `prefill(x, state)`, or the call that most of them have."""
     x, *parts = inputs
-    state = _packed(layer, parts)
+    state = _packed(structure, parts)
     if hasattr(layer, "prefill"):
         y, state = layer.prefill(x, state)
     else:
         y, state = layer(x, initial_state=state, return_state=True)
     return [y, *tree.flatten(state)]
-
-
-def _packed(layer, parts):
-    return tree.pack_sequence_as(layer.initial_state(1), parts) if parts else ()
 
 
 def _walk(model, x, call, prefix=""):
