@@ -13,10 +13,9 @@ from typing import Literal
 import keras
 from keras import layers
 
-from keras_edifice.blocks.layer_norm import LayerNorm
-from keras_edifice.blocks.sequence import read_out, sequence_input
 from keras_edifice.model import EdificeModel
 from keras_edifice.options import Rate, Size
+from keras_edifice.recurrent.stack import recurrent_stack
 from keras_edifice.recurrent.truncation import TruncatedBPTT
 from keras_edifice.registry import architecture
 
@@ -108,41 +107,32 @@ def gru(
         tie_embeddings: those logits use the matrix that embeds the tokens.
         window_size: steps of the input, None for any number.
     """
-    if vocab_size and bidirectional:
-        raise ValueError(
-            "vocab_size gives logits of the next token, which bidirectional=True sees; "
-            "pass embed_size or bidirectional=False"
-        )
-    inputs, x = sequence_input(
-        window_size,
-        embed_size,
-        hidden_size if vocab_size else None,
-        vocab_size,
-        tie_embeddings,
-    )
-    if input_layer_norm:
-        x = LayerNorm(1e-6, name="input_norm")(x)
-    states = []
-    for i in range(num_layers):
-        if i and dropout:
-            x = layers.Dropout(dropout, name=f"dropout_{i}")(x)
-        layer = GRULayer(
+
+    def make_layer(name):
+        return GRULayer(
             hidden_size,
             truncate_bptt=truncate_bptt,
             recurrent_dropout=recurrent_dropout,
             reset_after=reset_after,
             return_sequences=True,
             return_state=return_state,
-            name=f"gru_{i}",
+            name=name,
         )
-        if bidirectional:
-            layer = layers.Bidirectional(layer, name=f"bidirectional_{i}")
-        x = layer(x)
-        if return_state:
-            x, *state = x
-            states += state
-        if use_layer_norm:
-            x = LayerNorm(1e-6, name=f"norm_{i}")(x)
-    pool = pool or ("mean" if bidirectional else "last")
-    x = read_out(inputs, x, return_sequences, pool)
-    return EdificeModel(inputs, [x, *states] if return_state else x, name="gru")
+
+    return recurrent_stack(
+        "gru",
+        make_layer,
+        hidden_size,
+        num_layers=num_layers,
+        dropout=dropout,
+        bidirectional=bidirectional,
+        input_layer_norm=input_layer_norm,
+        use_layer_norm=use_layer_norm,
+        return_sequences=return_sequences,
+        pool=pool,
+        return_state=return_state,
+        embed_size=embed_size,
+        vocab_size=vocab_size,
+        tie_embeddings=tie_embeddings,
+        window_size=window_size,
+    )
