@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import keras_edifice
-from keras_edifice.benchmark.operations import Row, growth
+from keras_edifice.benchmark.rows import Row, growth
 
 ROOT = Path(__file__).parent.parent
 
@@ -139,11 +139,11 @@ def operations(rows, memory=True):
         f"| operation | implementation |{head}",
         "|---|---|" + "---|" * (head.count("|")),
     ]
-    order = list(dict.fromkeys(row.operation for row in rows))
-    keys = dict.fromkeys((r.operation, r.implementation) for r in rows)
+    order = list(dict.fromkeys(row.name for row in rows))
+    keys = dict.fromkeys((r.name, r.part, r.implementation) for r in rows)
     factors = growth(rows)
     for key in sorted(keys, key=lambda key: order.index(key[0])):
-        own = {r.length: r for r in rows if (r.operation, r.implementation) == key}
+        own = {r.length: r for r in rows if (r.name, r.part, r.implementation) == key}
         cells = []
         for row in map(own.get, lengths):
             cells.append(_digits(row and row.milliseconds))
@@ -151,7 +151,7 @@ def operations(rows, memory=True):
         for kind in worst:
             factor = factors.get(key, {}).get(kind)
             cells.append("" if factor is None else f"{factor:.2f}")
-        lines.append("| " + " | ".join([*key, *cells]) + " |")
+        lines.append("| " + " | ".join([key[0], key[2], *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 

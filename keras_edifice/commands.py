@@ -291,20 +291,37 @@ def export(
 @app.command()
 def bench(
     ctx: typer.Context,
-    what: Annotated[str, typer.Argument(help="ops: the operations over time.")],
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ops|NAME... [OPTION=VALUE]...",
+            help="The operations over time; or architectures and their options.",
+        ),
+    ],
     operations: Annotated[
         str | None, typer.Option(help="a,b,c instead of all operations.")
     ] = None,
     lengths: Annotated[
-        str, typer.Option(help="Steps of the sequences.")
-    ] = "512,1024,2048,4096",
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 4,
+        str | None,
+        typer.Option(
+            help="Steps of the sequences; default: 512,1024,2048,4096 for operations, "
+            "256,512,1024 for architectures."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Examples at once.")] = 4,
     width: Annotated[int, typer.Option(help="Features of a step.")] = 256,
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            help="Of architectures: forward,training step,streaming step or fewer."
+        ),
+    ] = None,
     against: Annotated[
         bool,
         typer.Option(
             "--against",
-            help="At length 1024 run independent PyTorch implementations too.",
+            help="Run independent PyTorch implementations too; for operations at "
+            "length 1024.",
         ),
     ] = False,
     backend: Backend = None,
@@ -313,31 +330,33 @@ def bench(
     ] = None,
     as_json: Json = False,
 ):
-    """Measure time and memory of forward and backward pass, by length.
+    """Measure time and memory of operations or of architectures.
 
     Without --backend every installed backend is measured, each in its own process.
     """
-    if what != "ops":
-        raise ValueError(f"bench measures 'ops', received {what!r}")
     if backend is not None:
         _use(ctx, backend)
     _use()
-    from keras_edifice.benchmark import operations as measured
+    from keras_edifice.benchmark import rows as measured
 
-    names = operations.split(",") if operations else None
-    measured.operations(names)
-    sizes = [_length(text) for text in lengths.split(",")]
     progress = _console(stderr=True)
 
     def tell(line):
         progress.print(line, soft_wrap=True)
 
-    if backend is not None:
-        draw = measured.Draw(batch, width)
-        rows = measured.measure(names, sizes, draw, against, tell)
+    sizes = [_length(text) for text in lengths.split(",")] if lengths else None
+    common = dict(peers=against, progress=tell, **({"lengths": sizes} if sizes else {}))
+    if what == ["ops"]:
+        measure = _bench_operations(operations, batch, width, common)
     else:
-        arguments = ["--lengths", lengths, "--batch", str(batch), "--width", str(width)]
-        arguments += ["--operations", operations] if operations else []
+        measure = _bench_architectures(what, parts, batch, width, common)
+    if backend is not None:
+        rows = measure()
+    else:
+        arguments = [*what, "--batch", str(batch), "--width", str(width)]
+        given = {"--operations": operations, "--lengths": lengths, "--parts": parts}
+        for flag, text in given.items():
+            arguments += [flag, text] if text else []
         arguments += ["--against"] if against else []
         rows = []
         for name in filter(selection.installed, selection.BACKENDS):
@@ -345,12 +364,36 @@ def bench(
     if as_json:
         print(measured.to_json(rows))
     else:
-        _show_operations(_console(), rows)
+        _show_rows(_console(), rows)
     if chart is not None:
         from keras_edifice.benchmark.charts import save_chart
 
         save_chart(rows, chart)
         progress.print(f"chart: {chart.resolve()}", soft_wrap=True)
+
+
+def _bench_operations(names, batch, width, common):
+    from keras_edifice.benchmark import operations
+
+    names = names.split(",") if names else None
+    operations.operations(names)
+    draw = operations.Draw(batch, width)
+    return lambda: operations.measure(names, draw=draw, **common)
+
+
+def _bench_architectures(what, parts, batch, width, common):
+    from keras_edifice.benchmark import architectures
+    from keras_edifice.comparison.contenders import parse_options
+
+    names = [word for word in what if "=" not in word]
+    options = parse_options([word for word in what if "=" in word])
+    for name in names:
+        keras_edifice.info(name)
+    if parts:
+        common["parts"] = parts.split(",")
+    return lambda: architectures.measure(
+        names, options, batch=batch, width=width, **common
+    )
 
 
 def _length(text):
@@ -359,28 +402,33 @@ def _length(text):
     return int(text)
 
 
-def _show_operations(out, rows):
-    from keras_edifice.benchmark.operations import growth
+def _show_rows(out, rows):
+    from keras_edifice.benchmark.rows import growth
 
-    table = _table("operation", "implementation", "length", "ms", "range", "MB")
+    compared = any(row.ratio is not None for row in rows)
+    names = ["measured", "implementation", "length", "ms", "range", "MB"]
+    table = _table(*names, *(["this package takes"] if compared else []))
     previous = None
-    for row in sorted(rows, key=lambda row: (row.operation, row.implementation)):
-        if row.operation != previous:
+    order = sorted(rows, key=lambda row: (row.name, row.part, row.implementation))
+    for row in order:
+        what = f"{row.name}, {row.part}"
+        if what != previous:
             table.add_section()
-        same, previous = row.operation == previous, row.operation
+        same, previous = what == previous, what
         table.add_row(
-            "" if same else row.operation,
+            "" if same else what,
             row.implementation,
-            str(row.length),
-            f"{row.milliseconds:.1f}",
-            f"{row.fastest:.1f} to {row.slowest:.1f}",
+            "" if row.length is None else str(row.length),
+            f"{row.milliseconds:.3g}",
+            f"{row.fastest:.3g} to {row.slowest:.3g}",
             "" if row.megabytes is None else f"{row.megabytes:.0f}",
+            *([row.ratio_text()] if compared else []),
         )
     out.print(table)
-    for (operation, implementation), factors in growth(rows).items():
-        text = ", ".join(f"{name} {factor:.2f}x" for name, factor in factors.items())
+    for (name, part, implementation), factors in growth(rows).items():
+        text = ", ".join(f"{kind} {factor:.2f}x" for kind, factor in factors.items())
         out.print(
-            f"{operation}, {implementation}: twice the length costs at most {text}",
+            f"{name}, {part}, {implementation}: twice the length costs at most {text}",
             soft_wrap=True,
         )
 

@@ -107,15 +107,19 @@ def _torch(function, arrays, backward):
             with torch.no_grad():
                 function(*tensors)
 
-    def peak_bytes():
-        with _no_log(), torch.profiler.profile(profile_memory=True) as profile:
-            call()
-        events = profile.profiler.kineto_results.events()
-        changes = [x for x in events if x.name() == "[memory]"]
-        changes.sort(key=lambda x: x.start_ns())
-        return max(np.cumsum([x.nbytes() for x in changes]), default=0)
+    return Run(call, lambda: torch_peak_bytes(call))
 
-    return Run(call, peak_bytes)
+
+def torch_peak_bytes(call):
+    """The most memory that PyTorch's tensors take beyond what is there, in a call."""
+    import torch
+
+    with _no_log(), torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    changes = [x for x in events if x.name() == "[memory]"]
+    changes.sort(key=lambda x: x.start_ns())
+    return max(np.cumsum([x.nbytes() for x in changes]), default=0)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The chart of measured operations: time and memory against length, by backend."""
+"""The chart of measurements: time and memory against length, by implementation."""
 
 from pathlib import Path
 
@@ -9,15 +9,15 @@ SIZE = 210
 
 
 def save_chart(rows, path):
-    """Writes time and memory of the operations as SVG, PNG or HTML.
+    """Writes time and memory against length as SVG, PNG or HTML.
 
     Args:
-        rows: of `measure`.
+        rows: list of `Row`; those without a length are left out.
         path: the file; its ending says what it is.
 
     Raises:
         ImportError: Vega-Altair or vl-convert is not installed.
-        ValueError: the ending is another one.
+        ValueError: the ending is another one, or no row has a length.
     """
     path = Path(path)
     if path.suffix not in (".svg", ".png", ".html"):
@@ -30,6 +30,9 @@ def save_chart(rows, path):
             f"the chart needs {error.name}, which is not installed; "
             f"run: {install_command('report')}"
         ) from None
+    rows = [row for row in rows if row.length is not None]
+    if not rows:
+        raise ValueError("a chart is drawn against length, and no row has one")
     panels = [_panels(alt, rows, "milliseconds", "ms")]
     if any(row.megabytes is not None for row in rows):
         panels.append(_panels(alt, rows, "megabytes", "MB"))
@@ -38,13 +41,14 @@ def save_chart(rows, path):
 
 
 def _panels(alt, rows, field, unit):
-    """A panel for each operation: `field` against length, both logarithmic."""
+    """A panel for each name and part: `field` against length, both logarithmic."""
+    several = len({row.part for row in rows}) > 1
     values = [
         {
-            "operation": row.operation,
+            "measured": f"{row.name}, {row.part}" if several else row.name,
             "implementation": row.implementation,
             "length": row.length,
-            field: max(getattr(row, field), 0.1),
+            field: max(getattr(row, field), 0.01),
         }
         for row in rows
         if getattr(row, field) is not None
@@ -65,6 +69,8 @@ def _panels(alt, rows, field, unit):
         .properties(width=SIZE, height=SIZE * 0.7)
     )
     title = {"milliseconds": "Time", "megabytes": "Memory"}[field]
-    return lines.facet(
-        alt.Facet("operation:N", title=None), columns=COLUMNS
-    ).properties(title=f"{title} of a forward and backward pass, {unit}")
+    if not several:
+        title += f" of {rows[0].part}"
+    return lines.facet(alt.Facet("measured:N", title=None), columns=COLUMNS).properties(
+        title=f"{title}, {unit}"
+    )

@@ -1,10 +1,11 @@
 """Times of a call, on the machine at hand."""
 
 import ctypes
-import statistics
 import sys
 import time
 
+PAUSE = 0.01
+"""Seconds until the threads of one library leave the processor to another."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
 
@@ -21,18 +22,39 @@ def keep_freed_memory():
         library.mallopt(M_MMAP_MAX, 0)
 
 
-def seconds(call, least=0.5, calls=5):
-    """Times of a call that has been warmed up: (median, smallest, largest).
+def seconds(call, least=0.5, calls=5) -> list[float]:
+    """Times of a call that has been warmed up.
 
     Args:
         call: what is measured, without arguments.
         least: seconds that are spent on it at least.
         calls: number of calls at least.
     """
-    call()
-    times = []
-    while len(times) < calls or sum(times) < least:
-        start = time.perf_counter()
+    (times,) = in_turn([call], least, calls)
+    return times
+
+
+def in_turn(calls, least=0.5, rounds=5) -> list[list[float]]:
+    """Times of several calls, warmed up and then made in turn.
+
+    What slows the machine for a while so slows each of them.
+
+    Args:
+        calls: what is measured, each without arguments.
+        least: seconds that are spent on each at least.
+        rounds: number of rounds at least.
+
+    Returns:
+        For each call its times in seconds, in the order of the rounds.
+    """
+    for call in calls:
         call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), min(times), max(times)
+    times = [[] for _ in calls]
+    while len(times[0]) < rounds or min(map(sum, times)) < least:
+        for call, own in zip(calls, times, strict=True):
+            if len(calls) > 1:
+                time.sleep(PAUSE)
+            start = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - start)
+    return times

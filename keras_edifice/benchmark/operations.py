@@ -5,11 +5,8 @@ sizes that `draw` has. A case whose cost must grow in proportion to the length i
 declared as `linear`.
 """
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import keras
 import numpy as np
@@ -17,12 +14,15 @@ import numpy as np
 from keras_edifice.backends.peers import PEERS
 from keras_edifice.backends.timing import forward_and_backward
 from keras_edifice.benchmark.measure import keep_freed_memory, seconds
+from keras_edifice.benchmark.rows import OURS, row
 
 LENGTHS = (512, 1024, 2048, 4096)
 COMPARED_LENGTH = 1024
 """Where the independent implementations run too."""
 GROWTH = 2.3
 """Cost of twice the length, at most, of an operation that is linear in it."""
+PART = "forward and backward"
+"""What is measured of an operation."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,6 @@ class Operation:
     name: str
     linear: bool
     make: Callable
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement: forward and backward together.
-
-    `milliseconds` is the median of the calls, `fastest` and `slowest` their range;
-    `megabytes` the peak beyond the arguments, None where the backend does not tell.
-    """
-
-    operation: str
-    implementation: str
-    length: int
-    milliseconds: float
-    fastest: float
-    slowest: float
-    megabytes: float | None
 
 
 _operations: dict[str, Operation] = {}
@@ -273,70 +256,17 @@ def measure(
         for length in lengths:
             function, arrays = case.make(draw, length)
             run = forward_and_backward(function, arrays)
-            rows.append(
-                _row(case.name, f"keras_edifice, {backend}", length, run, least)
-            )
-            progress(_line(rows[-1]))
+            rows.append(_row(case.name, OURS.format(backend), length, run, least))
+            progress(rows[-1].line())
             if not (peers and backend == "torch" and length == COMPARED_LENGTH):
                 continue
             for label, peer in PEERS.get(case.name, {}).items():
                 run = forward_and_backward(peer, arrays)
                 rows.append(_row(case.name, label, length, run, least))
-                progress(_line(rows[-1]))
+                progress(rows[-1].line())
     return rows
 
 
-def _row(operation, implementation, length, run, least):
-    times = [1000.0 * x for x in seconds(run.call, least)]
-    peak = run.peak_bytes()
-    megabytes = None if peak is None else peak / 2**20
-    return Row(operation, implementation, length, *times, megabytes)
-
-
-def _line(row):
-    memory = "" if row.megabytes is None else f", {row.megabytes:.0f} MB"
-    return (
-        f"{row.operation}, length {row.length}: {row.implementation} "
-        f"{row.milliseconds:.1f} ms{memory}"
-    )
-
-
-def measure_on(backend, arguments):
-    """The rows of `keras-edifice bench ops` in a process under a backend.
-
-    Raises:
-        RuntimeError: the process failed.
-    """
-    command = [sys.executable, "-m", "keras_edifice", "bench", "ops", "--json"]
-    command += ["--backend", backend, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
-    if done.returncode:
-        raise RuntimeError(f"the measurements on {backend} ended with an error")
-    return [Row(**row) for row in json.loads(done.stdout)]
-
-
-def growth(rows) -> dict[tuple, dict[str, float]]:
-    """(operation, implementation) -> the largest growth with twice the length.
-
-    The values are those of "time" and, where it is known, of "memory".
-    """
-    found = {}
-    for row in rows:
-        key = row.operation, row.implementation
-        for other in rows:
-            if (other.operation, other.implementation) != key:
-                continue
-            if other.length != 2 * row.length:
-                continue
-            factors = found.setdefault(key, {})
-            pairs = {"time": (row.fastest, other.fastest)}  # the least disturbed
-            if row.megabytes and other.megabytes is not None:
-                pairs["memory"] = (row.megabytes, other.megabytes)
-            for name, (before, after) in pairs.items():
-                factors[name] = max(factors.get(name, 0.0), after / before)
-    return found
-
-
-def to_json(rows) -> str:
-    """The rows as JSON."""
-    return json.dumps([asdict(row) for row in rows], indent=2)
+def _row(name, implementation, length, run, least):
+    times = seconds(run.call, least)
+    return row(name, PART, implementation, length, times, run.peak_bytes())

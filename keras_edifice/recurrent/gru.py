@@ -13,6 +13,7 @@ from typing import Literal
 import keras
 from keras import layers
 
+from keras_edifice.backends.fused_recurrence import FusedRecurrence
 from keras_edifice.model import EdificeModel
 from keras_edifice.options import Rate, Size
 from keras_edifice.recurrent.stack import recurrent_stack
@@ -21,7 +22,7 @@ from keras_edifice.registry import architecture
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
-class GRULayer(TruncatedBPTT, layers.GRU):
+class GRULayer(TruncatedBPTT, FusedRecurrence, layers.GRU):
     """Keras's GRU, (batch, time, features) -> (batch, time, units), that streams.
 
     The state is h, (batch, units). Masked steps leave it as it is.

@@ -12,6 +12,7 @@ from typing import Literal
 import keras
 from keras import layers
 
+from keras_edifice.backends.fused_recurrence import FusedRecurrence
 from keras_edifice.model import EdificeModel
 from keras_edifice.options import Rate, Size
 from keras_edifice.recurrent.stack import recurrent_stack
@@ -20,7 +21,7 @@ from keras_edifice.registry import architecture
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
-class LSTMLayer(TruncatedBPTT, layers.LSTM):
+class LSTMLayer(TruncatedBPTT, FusedRecurrence, layers.LSTM):
     """Keras's LSTM, (batch, time, features) -> (batch, time, units), that streams.
 
     The state is (h, c), each (batch, units). Masked steps leave it as it is.

@@ -9,12 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 import keras_edifice.ops
-from keras_edifice.backends import selection
 from keras_edifice.backends.timing import forward
 from keras_edifice.benchmark import operations as module
-from keras_edifice.benchmark.charts import save_chart
-from keras_edifice.benchmark.measure import seconds
-from keras_edifice.benchmark.operations import Draw, Row, growth, operations
+from keras_edifice.benchmark.operations import Draw, operations
 from keras_edifice.commands import app
 
 
@@ -25,7 +22,7 @@ def test_memory_of_every_case_grows_no_faster_than_the_length(case):
     found = module.measure([case.name], lengths, draw, False, lambda line: None, 0.0)
     assert [row.length for row in found] == list(lengths)
     for row in found:
-        assert row.operation == case.name
+        assert row.name == case.name
         assert row.implementation == f"keras_edifice, {keras.backend.backend()}"
         assert 0 < row.fastest <= row.milliseconds <= row.slowest
     if found[0].megabytes is None:
@@ -53,41 +50,12 @@ def test_unknown_operation_is_refused():
         operations(["scan"])
 
 
-def rows():
-    return [
-        Row("scan", "ours", n, ms, ms, ms, mb)
-        for n, ms, mb in [(512, 1.0, 4.0), (1024, 2.5, 8.0), (2048, 4.0, 16.4)]
-    ]
-
-
-def test_growth_is_the_largest_of_the_doublings():
-    factors = growth(rows())["scan", "ours"]
-    assert factors == pytest.approx({"time": 2.5, "memory": 2.05})
-
-
 def test_memory_is_that_of_the_tensors():
     x = np.ones(2**18, "float32")
     peak = forward(lambda x: keras.ops.sort(x * 2.0), [x]).peak_bytes()
     if peak is None:
         pytest.skip("this build of the backend does not count its memory")
     assert 2**20 <= peak <= 8 * 2**20
-
-
-def test_times_are_ordered():
-    median, least, most = seconds(lambda: sum(range(1000)), least=0.0, calls=5)
-    assert 0 < least <= median <= most
-
-
-@pytest.mark.parametrize("ending", ["svg", "html"])
-def test_chart_is_written(ending, tmp_path):
-    path = tmp_path / f"chart.{ending}"
-    save_chart(rows(), path)
-    assert "ours" in path.read_text()
-
-
-def test_chart_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"\.svg, \.png or \.html, received a\.gif"):
-        save_chart(rows(), tmp_path / "a.gif")
 
 
 def test_command_prints_a_table_and_json(tmp_path):
@@ -102,26 +70,9 @@ def test_command_prints_a_table_and_json(tmp_path):
     assert [row["length"] for row in json.loads(done.stdout)] == [4, 8]
 
 
-def test_without_a_backend_each_installed_one_is_measured(monkeypatch):
-    asked = []
-
-    def measure_on(backend, arguments):
-        asked.append((backend, arguments))
-        return rows()
-
-    monkeypatch.setattr(module, "measure_on", measure_on)
-    done = CliRunner().invoke(app, ["bench", "ops", "--against", "--json"])
-    assert done.exit_code == 0, done.output
-    installed = [name for name in selection.BACKENDS if selection.installed(name)]
-    assert [backend for backend, _ in asked] == installed
-    assert all("--against" in arguments for _, arguments in asked)
-    assert len(json.loads(done.stdout)) == 3 * len(installed)
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["sums"], "bench measures 'ops', received 'sums'"),
         (["ops", "--lengths", "4,x"], "lengths must be numbers such as"),
         (["ops", "--operations", "other"], "unknown operation 'other'"),
     ],

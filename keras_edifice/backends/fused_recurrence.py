@@ -1,0 +1,68 @@
+"""PyTorch's own loops over the steps of LSTM and GRU, where Keras has one of Python."""
+
+import keras
+
+
+class FusedRecurrence:
+    """Beside the LSTM or GRU layer of Keras, before it among the bases of a class.
+
+    On PyTorch the steps of a layer run in one call where that computes the same: the
+    activations are the standard ones and there is neither mask nor dropout inside. Such
+    a call cannot be differentiated twice on CPUs.
+    """
+
+    def inner_loop(self, sequences, initial_state, mask, training=False):
+        if self._fusible(sequences, mask, training):
+            return self._fused(sequences, keras.tree.flatten(initial_state))
+        return super().inner_loop(sequences, initial_state, mask, training)
+
+    def _fusible(self, sequences, mask, training):
+        if keras.backend.backend() != "torch":
+            return False
+        import torch
+
+        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        standard = (
+            self.activation is keras.activations.tanh
+            and self.recurrent_activation is keras.activations.sigmoid
+            and getattr(self, "reset_after", True)
+        )
+        dropped = self.recurrent_dropout or (self.dropout and training)
+        plain = mask is None and not dropped and sequences.device.type != "meta"
+        return standard and plain and not traced
+
+    def _fused(self, sequences, state):
+        import torch
+
+        x = torch.flip(sequences, [1]) if self.go_backwards else sequences
+        run, count = (torch.lstm, 4) if len(state) == 2 else (torch.gru, 3)
+        weights = [_in_order(w, count).to(x.dtype) for w in self._weights_of_torch()]
+        state = [part.to(x.dtype)[None] for part in state]
+        hidden = state if len(state) == 2 else state[0]
+        train = torch.is_grad_enabled()
+        outputs, *state = run(
+            x, hidden, weights, len(weights) == 4, 1, 0.0, train, False, True
+        )
+        return outputs[:, -1], outputs, [part[0] for part in state]
+
+    def _weights_of_torch(self):
+        """The kernels with the gates along the first axis, and two biases if any."""
+        import torch
+
+        cell = self.cell
+        kernels = [cell.kernel.value.T, cell.recurrent_kernel.value.T]
+        if cell.bias is None:
+            return kernels
+        bias = cell.bias.value
+        biases = list(bias) if bias.ndim == 2 else [bias, torch.zeros_like(bias)]
+        return kernels + biases
+
+
+def _in_order(weight, count):
+    """The gates in PyTorch's order: reset before update where there are three."""
+    if count == 4:
+        return weight.contiguous()
+    import torch
+
+    update, reset, new = weight.chunk(3)
+    return torch.cat([reset, update, new])
