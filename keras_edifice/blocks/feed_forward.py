@@ -66,14 +66,14 @@ class FeedForward(Composite):
             layer = layers.Dense(
                 units,
                 use_bias=self.use_bias,
-                kernel_initializer=self._start(),
+                kernel_initializer=self._start(name),
                 dtype=self.dtype_policy,
                 name=name,
             )
             layer.build((None, self.width if name == "down" else features))
             setattr(self, name, layer)
 
-    def _start(self):
+    def _start(self, name):
         if self.stddev is None:
             return "glorot_uniform"
         return keras.initializers.RandomNormal(stddev=self.stddev)
