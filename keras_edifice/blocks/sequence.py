@@ -17,7 +17,12 @@ from keras_edifice.model import EdificeModel
 
 
 def sequence_input(
-    window_size, embed_size, hidden_size=None, vocab_size=None, tie_embeddings=True
+    window_size,
+    embed_size,
+    hidden_size=None,
+    vocab_size=None,
+    tie_embeddings=True,
+    bidirectional=False,
 ):
     """The input of a sequence model, and the stream that its layers work on.
 
@@ -29,18 +34,25 @@ def sequence_input(
         vocab_size: number of tokens, for an input of their numbers; None for features.
         tie_embeddings: whether the logits of `sequence_model` come from the same
             matrix as the stream, which then needs `hidden_size`.
+        bidirectional: whether steps see those ahead, which tokens are not for.
 
     Returns:
         (the input, the stream), symbolic: (batch, window_size, embed_size), or
         (batch, window_size) for tokens, and (batch, window_size, hidden_size).
 
     Raises:
-        ValueError: both or neither of `embed_size` and `vocab_size` are given.
+        ValueError: both or neither of `embed_size` and `vocab_size` are given, or
+            `vocab_size` together with `bidirectional`.
     """
     if (embed_size is None) == (vocab_size is None):
         raise ValueError(
             "the input is either features or tokens: pass embed_size or vocab_size, "
             f"received embed_size={embed_size}, vocab_size={vocab_size}"
+        )
+    if vocab_size and bidirectional:
+        raise ValueError(
+            "vocab_size gives logits of the next token, which bidirectional=True sees; "
+            "pass embed_size or bidirectional=False"
         )
     if vocab_size is not None:
         inputs = Input((window_size,), dtype="int32", name="inputs")

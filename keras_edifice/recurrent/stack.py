@@ -47,17 +47,13 @@ def recurrent_stack(
     Raises:
         ValueError: `vocab_size` together with `bidirectional`.
     """
-    if vocab_size and bidirectional:
-        raise ValueError(
-            "vocab_size gives logits of the next token, which bidirectional=True sees; "
-            "pass embed_size or bidirectional=False"
-        )
     inputs, x = sequence_input(
         window_size,
         embed_size,
         hidden_size if vocab_size else None,
         vocab_size,
         tie_embeddings,
+        bidirectional,
     )
     if input_layer_norm:
         x = LayerNorm(1e-6, name="input_norm")(x)

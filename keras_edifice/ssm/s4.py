@@ -335,11 +335,6 @@ def s4(
         ValueError: `vocab_size` together with `bidirectional`; `max_length` neither
             given nor at least `window_size`.
     """
-    if vocab_size and bidirectional:
-        raise ValueError(
-            "vocab_size gives logits of the next token, which bidirectional=True sees; "
-            "pass embed_size or bidirectional=False"
-        )
     taps = max_length or window_size
     if taps is None or taps < (window_size or 0):
         raise ValueError(
@@ -347,7 +342,7 @@ def s4(
             f"max_length={max_length}, window_size={window_size}"
         )
     inputs, x = sequence_input(
-        window_size, embed_size, hidden_size, vocab_size, tie_embeddings
+        window_size, embed_size, hidden_size, vocab_size, tie_embeddings, bidirectional
     )
     add = residual if prenorm else post_norm_residual
     for i in range(num_layers):

@@ -18,6 +18,7 @@ from keras import initializers, layers, ops
 from keras_edifice.blocks.composite import Composite
 from keras_edifice.blocks.feed_forward import FeedForward
 from keras_edifice.blocks.layer_norm import LayerNorm
+from keras_edifice.blocks.post_norm import post_norm_residual
 from keras_edifice.blocks.recurrence_initializers import fan_in_uniform, step_size_bias
 from keras_edifice.blocks.sequence import residual, sequence_input, sequence_model
 from keras_edifice.model import EdificeModel
@@ -236,15 +237,6 @@ class S4DLayer(Composite):
         return input_shape
 
 
-def _normalized_sum(x, mixer, dropout):
-    """Norm(x + dropout(mixer(x))), symbolic: the norm comes after."""
-    y = mixer(x)
-    if dropout:
-        y = layers.Dropout(dropout, name=f"{mixer.name}_dropout")(y)
-    y = layers.Add(name=f"{mixer.name}_add")([x, y])
-    return LayerNorm(name=f"{mixer.name}_norm")(y)
-
-
 @architecture(
     paper="Gu et al. 2022, On the Parameterization and Initialization of Diagonal "
     "State Space Models, arXiv:2206.11893",
@@ -324,14 +316,10 @@ def s4d(
     Raises:
         ValueError: `vocab_size` together with `bidirectional`.
     """
-    if vocab_size and bidirectional:
-        raise ValueError(
-            "vocab_size gives logits of the next token, which bidirectional=True sees; "
-            "pass embed_size or bidirectional=False"
-        )
     inputs, x = sequence_input(
-        window_size, embed_size, hidden_size, vocab_size, tie_embeddings
+        window_size, embed_size, hidden_size, vocab_size, tie_embeddings, bidirectional
     )
+    add = residual if prenorm else post_norm_residual
     for i in range(num_layers):
         mixers = [
             S4DLayer(
@@ -352,10 +340,7 @@ def s4d(
         if width := int(mlp_ratio * hidden_size):
             mixers.append(FeedForward(width, dropout=dropout, name=f"mlp_{i}"))
         for mixer in mixers:
-            if prenorm:
-                x = residual(x, mixer, LayerNorm, dropout=dropout)
-            else:
-                x = _normalized_sum(x, mixer, dropout)
+            x = add(x, mixer, LayerNorm, dropout=dropout)
     if prenorm:
         x = LayerNorm(name="final_norm")(x)
     pool = pool or ("mean" if bidirectional else "last")

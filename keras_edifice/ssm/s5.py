@@ -325,13 +325,8 @@ def s5(
     Raises:
         ValueError: `vocab_size` together with `bidirectional`.
     """
-    if vocab_size and bidirectional:
-        raise ValueError(
-            "vocab_size gives logits of the next token, which bidirectional=True sees; "
-            "pass embed_size or bidirectional=False"
-        )
     inputs, x = sequence_input(
-        window_size, embed_size, hidden_size, vocab_size, tie_embeddings
+        window_size, embed_size, hidden_size, vocab_size, tie_embeddings, bidirectional
     )
     normalise = {"layer": LayerNorm, "batch": StepBatchNorm}[norm]
     add = residual if prenorm else post_norm_residual
