@@ -102,22 +102,28 @@ class MambaBlock(Composite):
         self.supports_masking = True
 
     def build(self, input_shape):
-        features, size = input_shape[-1], self.state_size
-        self.channels = width = self.expand_factor * features
-        self.rank = rank = self.dt_rank or math.ceil(features / 16)
+        features = input_shape[-1]
+        width = self.expand_factor * features
+        self.rank = self.dt_rank or math.ceil(features / 16)
+        self.in_proj = self._dense("in_proj", 2 * width, features, None, self.use_bias)
+        self._build_core(width)
+        start = fan_in_uniform(self.depth)
+        self.out_proj = self._dense("out_proj", features, width, start, self.use_bias)
 
-        def dense(units, name, inputs, initializer=None, use_bias=False):
-            layer = layers.Dense(
-                units,
-                use_bias=use_bias,
-                kernel_initializer=initializer or fan_in_uniform(),
-                dtype=self.dtype_policy,
-                name=name,
-            )
-            layer.build((None, None, inputs))
-            return layer
+    def _dense(self, name, units, inputs, initializer=None, use_bias=False):
+        layer = layers.Dense(
+            units,
+            use_bias=use_bias,
+            kernel_initializer=initializer or fan_in_uniform(),
+            dtype=self.dtype_policy,
+            name=name,
+        )
+        layer.build((None, None, inputs))
+        return layer
 
-        self.in_proj = dense(2 * width, "in_proj", features, use_bias=self.use_bias)
+    def _build_core(self, width):
+        """What is between the projections, for a recurrence of this width."""
+        self.channels, rank, size = width, self.rank, self.state_size
         self.conv = CausalConv(
             self.conv_size,
             self.conv_bias,
@@ -126,10 +132,10 @@ class MambaBlock(Composite):
             name="conv",
         )
         self.conv.build((None, None, width))
-        self.x_proj = dense(self._selected(), "x_proj", width)
+        self.x_proj = self._dense("x_proj", self._selected(), width)
         bound = self.dt_scale * rank**-0.5
         uniform = initializers.RandomUniform(-bound, bound)
-        self.dt_proj = dense(width, "dt_proj", rank, uniform)
+        self.dt_proj = self._dense("dt_proj", width, rank, uniform)
         self._build_recurrence(width, size)
         self.norms = []
         if self.inner_norms:
@@ -140,9 +146,6 @@ class MambaBlock(Composite):
             ]
             for norm, inputs in zip(self.norms, sizes.values(), strict=True):
                 norm.build((None, None, inputs))
-        self.out_proj = dense(
-            features, "out_proj", width, fan_in_uniform(self.depth), self.use_bias
-        )
 
     def _selected(self):
         """Width of what is selected by the token: δ, B and C."""
