@@ -6,6 +6,7 @@ Each is a function of the resolved options of the architecture; it gives a modul
 """
 
 import importlib
+import math
 
 import numpy as np
 
@@ -98,7 +99,7 @@ def _torch_recurrent(name):
 def _transformers(config_name, model_name, translate):
     def make(options):
         transformers = _package("transformers")
-        config = getattr(transformers, config_name)(vocab_size=1, **translate(options))
+        config = getattr(transformers, config_name)(vocab_size=3, **translate(options))
         model = getattr(transformers, model_name)(config)
         return _module(
             lambda model, x: model(inputs_embeds=x, use_cache=False)[0], model
@@ -145,6 +146,108 @@ def _mambapy(options):
     )
 
 
+def _jamba_config(options):
+    every = options["attention_every"]
+    if options["attention_ratio"] is not None:
+        every = round(1.0 / options["attention_ratio"])
+    offset = options["attention_offset"]
+    return dict(
+        hidden_size=options["hidden_size"],
+        intermediate_size=options["mlp_size"] or int(3.5 * options["hidden_size"]),
+        num_hidden_layers=options["num_layers"],
+        num_attention_heads=options["num_heads"],
+        num_key_value_heads=options["num_kv_heads"] or options["num_heads"],
+        attn_layer_period=every,
+        attn_layer_offset=every // 2 if offset is None else offset,
+        num_experts=options["num_experts"],
+        num_experts_per_tok=options["num_experts_per_token"],
+        expert_layer_period=options["expert_every"],
+        expert_layer_offset=options["expert_offset"],
+        mamba_d_state=options["state_size"],
+    )
+
+
+def _xlstm(options):
+    """The stack of the authors, whose blocks are those of `mlstm`."""
+    if options["block_style"] != "original":
+        raise ValueError(
+            "the implementation beside mlstm has block_style='original', received "
+            f"{options['block_style']!r}; leave it out"
+        )
+    stack = _package("xlstm.xlstm_block_stack")
+    block = _package("xlstm.blocks.mlstm.block")
+    layer = _package("xlstm.blocks.mlstm.layer")
+    layer = layer.mLSTMLayerConfig(
+        conv1d_kernel_size=options["conv_size"],
+        qkv_proj_blocksize=options["qkv_block_size"],
+        num_heads=options["num_heads"],
+        proj_factor=options["mlstm_proj_factor"],
+    )
+    return stack.xLSTMBlockStack(
+        stack.xLSTMBlockStackConfig(
+            mlstm_block=block.mLSTMBlockConfig(mlstm=layer),
+            context_length=options["window_size"],
+            num_blocks=options["num_layers"],
+            embedding_dim=options["hidden_size"],
+            slstm_at=[],
+        )
+    )
+
+
+def _titans(options):
+    """Memories of titans-pytorch, each before a gated feed-forward of PyTorch."""
+    if options["memory_as"] != "alone":
+        raise ValueError(
+            "the implementation beside titans is that of the memory, received "
+            f"memory_as={options['memory_as']!r}; pass memory_as=alone"
+        )
+    import torch
+
+    package = _package("titans_pytorch")
+    features, size = options["hidden_size"], options["memory_size"]
+
+    def memory():
+        model = package.MemoryMLP(
+            size,
+            depth=options["memory_depth"],
+            expansion_factor=options["memory_expansion"],
+        )
+        return package.NeuralMemory(
+            dim=features,
+            dim_head=size,
+            heads=options["num_heads"],
+            chunk_size=1,
+            batch_size=options["chunk_size"],
+            model=model,
+            default_step_transform_max_lr=options["max_lr"],
+            activation=torch.nn.SiLU(),
+        )
+
+    multiple = 256 if features >= 256 else 8  # as that of ours
+    width = 2 * options["mlp_ratio"] * features / 3
+    width = multiple * math.ceil(width / multiple)
+    stack = torch.nn.ModuleList(
+        torch.nn.ModuleList(
+            [
+                memory(),
+                torch.nn.RMSNorm(features),
+                torch.nn.Linear(features, 2 * width, bias=False),
+                torch.nn.Linear(width, features, bias=False),
+            ]
+        )
+        for _ in range(options["num_layers"])
+    )
+
+    def run(stack, x):
+        for recurrent, norm, up, down in stack:
+            x = x + recurrent(x)[0]
+            gate, value = up(norm(x)).chunk(2, dim=-1)
+            x = x + down(torch.nn.functional.silu(gate) * value)
+        return x
+
+    return _module(run, stack)
+
+
 PEER_MODELS = {
     "lstm": {"torch.nn.LSTM": _torch_recurrent("LSTM")},
     "gru": {"torch.nn.GRU": _torch_recurrent("GRU")},
@@ -155,5 +258,10 @@ PEER_MODELS = {
     "mamba_ssd": {
         "transformers": _transformers("Mamba2Config", "Mamba2Model", _mamba_2_config),
     },
+    "jamba": {
+        "transformers": _transformers("JambaConfig", "JambaModel", _jamba_config),
+    },
+    "mlstm": {"xlstm": _xlstm},
+    "titans": {"titans-pytorch": _titans},
 }
 """Architecture -> its implementations by name."""
