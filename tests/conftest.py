@@ -1,5 +1,6 @@
 """Seeds every test and prints the conformance matrix, architecture by check."""
 
+import gc
 import re
 
 import keras
@@ -16,6 +17,22 @@ def seeded(request, monkeypatch):
     keras.utils.set_random_seed(0)
     if hasattr(request.module, "rng"):
         monkeypatch.setattr(request.module, "rng", np.random.default_rng(0))
+
+
+def pytest_collection_modifyitems(items):
+    """All checks of an architecture one after the other: they share its model."""
+
+    def architecture(item):
+        found = CONFORMANCE.search(item.nodeid)
+        return found[2] if found else ""
+
+    items.sort(key=architecture)
+
+
+def pytest_collection_finish():
+    """What was imported stays: collections of garbage need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):

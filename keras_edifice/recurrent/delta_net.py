@@ -246,7 +246,7 @@ class DeltaNetLayer(Composite):
         embed_size=3,
         hidden_size=4,
         num_heads=2,
-        num_layers=2,
+        num_layers=1,
         expand_v=1.5,
         use_gate=True,
         chunk_size=4,

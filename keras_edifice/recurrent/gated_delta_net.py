@@ -158,7 +158,7 @@ class GatedDeltaNetLayer(DeltaNetLayer):
         head_dim=2,
         num_v_heads=4,
         expand_v=1.5,
-        num_layers=2,
+        num_layers=1,
         chunk_size=4,
         window_size=7,
     ),

@@ -458,7 +458,7 @@ def xlstm_model(inputs, x, block_style, return_sequences, pool, name):
     tiny=dict(
         embed_size=3,
         hidden_size=4,
-        num_layers=2,
+        num_layers=1,
         num_heads=2,
         qkv_block_size=2,
         proj_round=4,

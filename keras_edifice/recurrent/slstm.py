@@ -235,7 +235,7 @@ def slstm_block(x, i, mlp_factor, proj_round, dropout, num_layers, **options):
     tiny=dict(
         embed_size=3,
         hidden_size=4,
-        num_layers=2,
+        num_layers=1,
         num_heads=2,
         proj_round=2,
         window_size=7,

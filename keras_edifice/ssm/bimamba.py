@@ -156,7 +156,7 @@ class BiMambaBlock(Composite):
         hidden_size=4,
         state_size=3,
         dt_rank=2,
-        num_layers=2,
+        num_layers=1,
         inner_norms=True,
         chunk_size=3,
         mlp_ratio=1.5,

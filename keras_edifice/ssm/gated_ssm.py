@@ -85,7 +85,7 @@ class GatedSSMBlock(MambaBlock):
         embed_size=3,
         hidden_size=4,
         state_size=3,
-        num_layers=2,
+        num_layers=1,
         learn_rates=True,
         dropout=0.1,
         window_size=7,

@@ -245,7 +245,7 @@ class Mamba2Block(Composite):
         head_dim=2,
         num_groups=2,
         chunk_size=4,
-        num_layers=2,
+        num_layers=1,
         dropout=0.1,
         window_size=7,
     ),

@@ -272,7 +272,7 @@ class S4Layer(Composite):
         state_size=4,
         num_ssm=2,
         rank=2,
-        num_layers=2,
+        num_layers=1,
         mlp_ratio=2.0,
         max_length=512,
         window_size=7,

@@ -253,7 +253,7 @@ class S4DLayer(Composite):
         num_ssm=2,
         init="legs",
         learn_b=True,
-        num_layers=2,
+        num_layers=1,
         mlp_ratio=2.0,
         window_size=7,
     ),

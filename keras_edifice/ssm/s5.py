@@ -261,7 +261,7 @@ class S5Layer(Composite):
         state_size=8,
         num_blocks=2,
         activation="full_glu",
-        num_layers=2,
+        num_layers=1,
         mlp_ratio=2.0,
         window_size=7,
     ),
