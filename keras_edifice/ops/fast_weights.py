@@ -150,7 +150,8 @@ def titans_scan(
         gain: (heads, features), the initial γ; None for no norm and no residual.
         chunk_size: tokens whose gradients are taken at the same weights.
         initial_state: from `titans_initial_state` or an earlier call, whose sequence
-            goes on here; it replaces the initial weights.
+            goes on here; it replaces the initial weights. Where its last part, the
+            place in the chunk, is None, a chunk begins.
         return_state: whether to give the state after the last token as well.
 
     Returns:
