@@ -309,7 +309,7 @@ def _taken(x, places):
         filter_emb=5,
         filter_layers=1,
         mlp_ratio=1.5,
-        num_layers=2,
+        num_layers=1,
         max_length=512,
         window_size=7,
     ),
