@@ -191,7 +191,7 @@ def dense(owner, name, units, inputs, initializer=None, bias_initializer=None):
     return layer
 
 
-class MatrixMemory(Composite):
+class _MatrixMemory(Composite):
     """What the layers of this file share: the memory itself and its state.
 
     They have `_branches(x)` -> (x_m, what the output takes of x), `_heads(x_m, x_c)`
@@ -263,7 +263,7 @@ class MatrixMemory(Composite):
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
-class MLSTMLayer(MatrixMemory):
+class MLSTMLayer(_MatrixMemory):
     """(batch, time, features) -> the same. Causal; O(1) state per step.
 
     The state is (the last conv_size - 1 inputs of the convolution, (C, n, m)), C of
@@ -352,7 +352,7 @@ class MLSTMLayer(MatrixMemory):
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
-class MLSTM7BLayer(MatrixMemory):
+class MLSTM7BLayer(_MatrixMemory):
     """(batch, time, features) -> the same. Causal; O(1) state per step.
 
     The memory of xLSTM 7B: keys of half the features, values of all, no convolution.

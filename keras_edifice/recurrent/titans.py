@@ -247,7 +247,9 @@ class NeuralMemory(Composite):
 
 @keras.saving.register_keras_serializable("keras_edifice")
 class PersistentAttention(GroupedQueryAttention):
-    """`GroupedQueryAttention` in which every token also sees learned ones.
+    """(batch, time, features) -> the same. Attention that also sees learned tokens.
+
+    A `GroupedQueryAttention`; every token sees all of the learned ones.
 
     Args:
         num_heads: as there.
@@ -291,7 +293,7 @@ def persistent_tokens(layer, features):
     return layer.add_weight(shape, start, name="persistent")
 
 
-class TitansBlock(Composite):
+class _TitansBlock(Composite):
     """(batch, time, features) -> the same. Causal. What the three wirings share.
 
     Masked tokens do not exist to it, so that sequences may be padded on either side.
@@ -351,7 +353,7 @@ class TitansBlock(Composite):
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
-class MemoryAsGate(TitansBlock):
+class MemoryAsGate(_TitansBlock):
     """(batch, time, features) -> the same. Causal; O(1) state per step.
 
     The state is (that of the memory, which has read the persistent tokens, and the
@@ -429,7 +431,7 @@ class MemoryAsLayer(MemoryAsGate):
     """
 
     def build(self, input_shape):
-        TitansBlock.build(self, input_shape)
+        _TitansBlock.build(self, input_shape)
         self.persistent = persistent_tokens(self, input_shape[-1])
 
     def _attention(self):
@@ -471,7 +473,7 @@ class MemoryAsLayer(MemoryAsGate):
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
-class MemoryAsContext(TitansBlock):
+class MemoryAsContext(_TitansBlock):
     """(batch, time, features) -> the same. Causal; O(1) state per step.
 
     The state is (the last inputs of the convolution of q(s), the state of the memory,

@@ -44,9 +44,9 @@ Target = Annotated[float, Range(0.0, 1.0, open_low=True)]
 
 @keras.saving.register_keras_serializable("keras_edifice")
 class HyenaFilter(layers.Layer):
-    """The taps of a filter of each feature, as a function of time; in float32.
+    """No input -> `taps`, (max_length, features) in float32: functions of time.
 
-    Takes no input: `taps` gives them. Its weights want no weight decay.
+    Its weights want no weight decay.
 
     Args:
         features: number of filters.
