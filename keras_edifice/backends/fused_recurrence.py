@@ -36,7 +36,7 @@ class FusedRecurrence:
 
         x = torch.flip(sequences, [1]) if self.go_backwards else sequences
         run, count = (torch.lstm, 4) if len(state) == 2 else (torch.gru, 3)
-        weights = [_in_order(w, count).to(x.dtype) for w in self._weights_of_torch()]
+        weights = [w.to(x.dtype) for w in self._weights_in_order(count)]
         state = [part.to(x.dtype)[None] for part in state]
         hidden = state if len(state) == 2 else state[0]
         train = torch.is_grad_enabled()
@@ -44,6 +44,23 @@ class FusedRecurrence:
             x, hidden, weights, len(weights) == 4, 1, 0.0, train, False, True
         )
         return outputs[:, -1], outputs, [part[0] for part in state]
+
+    def _weights_in_order(self, count):
+        """The weights as PyTorch wants them; kept until one changes, unless trained."""
+        import torch
+
+        if torch.is_grad_enabled():
+            return [_in_order(w, count) for w in self._weights_of_torch()]
+        now = [(w.value, w.value._version) for w in self.cell.weights]
+        kept, weights = self.__dict__.get("_kept_weights", ([], None))
+        same = len(kept) == len(now) and all(
+            a is b and version == latest
+            for (a, version), (b, latest) in zip(kept, now, strict=True)
+        )
+        if not same:
+            weights = [_in_order(w, count) for w in self._weights_of_torch()]
+            self.__dict__["_kept_weights"] = now, weights
+        return weights
 
     def _weights_of_torch(self):
         """The kernels with the gates along the first axis, and two biases if any."""

@@ -237,6 +237,8 @@ def _titans(options):
         )
         for _ in range(options["num_layers"])
     )
+    for weight in stack.parameters():  # the heads share theirs; an optimizer cannot
+        weight.data = weight.data.contiguous()
 
     def run(stack, x):
         for recurrent, norm, up, down in stack:

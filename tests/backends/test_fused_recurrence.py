@@ -74,3 +74,22 @@ def test_what_the_fused_loop_has_not_goes_step_by_step(
     assert not calls
     layer(x)
     assert calls
+
+
+@on_torch
+@pytest.mark.parametrize("ours, theirs, states", KINDS)
+def test_changed_weights_are_those_of_the_next_call(ours, theirs, states):
+    fused, loop = pair((ours, theirs), states)
+    x = [rng.normal(size=(2, 6, 3)), *rng.normal(size=(states, 2, 4))]
+    x = [part.astype("float32") for part in x]
+    for seed in range(3):
+        if seed == 1:  # by an optimizer
+            fused.compile("sgd", loss=["mse"] + [None] * states)
+            fused.train_on_batch(x, np.ones((2, 6, 4), "float32"))
+        else:
+            shake(fused, seed=seed)
+        loop.set_weights(fused.get_weights())
+        for _ in range(2):
+            expected = loop.predict_on_batch(x)
+            for found, wanted in zip(fused.predict_on_batch(x), expected, strict=True):
+                assert_close(found, wanted, 1e-6)
