@@ -10,8 +10,8 @@ import keras
 import numpy as np
 
 ORDERS = 7
-"""TensorFlow runs independent operations in an order that changes from call to call, and
-with it the peak of the memory: the least of so many calls counts."""
+"""TensorFlow runs independent operations in an order that changes from call to call,
+and with it the peak of the memory: the least of so many calls counts."""
 
 
 @dataclass(frozen=True)

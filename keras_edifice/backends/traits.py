@@ -15,3 +15,6 @@ EXPORTS_GELU = _backend != "tensorflow"
 
 EXPORTS_POOLING = _backend != "jax"
 """Pooling has an ONNX form."""
+
+SLICES_BACK_SLOWLY = _backend == "tensorflow"
+"""The gradient of a slice is an array of the whole size, for each of several slices."""

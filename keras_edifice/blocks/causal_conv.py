@@ -9,6 +9,8 @@ also looks ahead take Keras' DepthwiseConv1D with padding "same".
 import keras
 from keras import activations, layers, ops
 
+from keras_edifice.ops.tap_sum import tap_sum
+
 
 @keras.saving.register_keras_serializable("keras_edifice")
 class CausalConv(layers.Layer):
@@ -58,15 +60,12 @@ class CausalConv(layers.Layer):
             seen = ops.pad(x, [(0, 0), (kept, 0), (0, 0)])
         else:
             seen = ops.concatenate([ops.cast(initial_state, x.dtype), x], axis=1)
-        starts = range(0, kept + 1, self.dilation)
-        taps = [seen[:, j : j - kept or None] for j in starts]
-        y = self._filter(taps)
+        y = self._filter(seen)
         return (y, self._last(seen, mask)) if return_state else y
 
-    def _filter(self, taps):
-        """The weighted sum of the inputs at each tap."""
-        kernel = ops.cast(self.kernel, taps[0].dtype)
-        y = sum(kernel[j] * tap for j, tap in enumerate(taps))
+    def _filter(self, seen):
+        """(batch, time + kept, channels) -> (batch, time, channels)."""
+        y = tap_sum(seen, ops.cast(self.kernel, seen.dtype), self.dilation)
         if self.use_bias:
             y = y + ops.cast(self.bias, y.dtype)
         return activations.get(self.activation)(y)
@@ -97,9 +96,7 @@ class CausalConv(layers.Layer):
         """One step: (batch, channels) and the state -> the output and the new state."""
         x_t = ops.cast(ops.convert_to_tensor(x_t), self.compute_dtype)
         seen = ops.concatenate([state, ops.expand_dims(x_t, 1)], axis=1)
-        starts = range(0, self.kept + 1, self.dilation)
-        y = self._filter([seen[:, j] for j in starts])
-        return y, seen[:, 1:]
+        return self._filter(seen)[:, 0], seen[:, 1:]
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -20,7 +20,7 @@ class ChannelMLP(Composite):
     Args:
         hidden_size: width between the two matrices.
         dropout: rate after the activation, in training.
-        initializer: "xavier" or "truncated", of the matrices.
+        initializer: "xavier", "truncated" or "lecun", of the matrices.
     """
 
     def __init__(self, hidden_size, dropout=0.0, initializer="xavier", **kwargs):

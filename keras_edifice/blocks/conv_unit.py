@@ -14,37 +14,57 @@ def he_fan_out():
 
 
 def conv_unit(
-    x, filters, kernel_size, strides=1, activation="relu", gamma="ones", *, name
+    x,
+    filters,
+    kernel_size,
+    strides=1,
+    activation="relu",
+    gamma="ones",
+    *,
+    padding="symmetric",
+    epsilon=1e-5,
+    momentum=0.9,
+    name,
 ):
     """(b, h, w, c) -> (b, ⌈h / strides⌉, ⌈w / strides⌉, filters), symbolic.
 
-    Zeros are padded alike on both sides, (kernel_size - 1) / 2 of them; padding="same"
-    would put one fewer before than after when the stride is 2. The convolution has no
-    bias, for the normalisation has one.
+    The convolution has no bias, for the normalisation has one.
 
     Args:
         x: a symbolic tensor.
-        filters: channels of the output.
+        filters: channels of the output; None for a depthwise convolution, which gives
+            each channel a kernel of its own and keeps them apart.
         kernel_size: odd side of the kernel.
         strides: distance between the places where the kernel is applied.
         activation: name of the activation, or None.
         gamma: initialiser of the normalisation's scale.
+        padding: "symmetric" puts (kernel_size - 1) / 2 zeros on both sides; "same", as
+            TensorFlow has it, may put one fewer before than after if the stride is 2.
+        epsilon: added to the variance by the normalisation.
+        momentum: of the normalisation's moving averages.
         name: prefix of the layers' names.
     """
     border = kernel_size // 2
-    if border and strides > 1:
+    symmetric = padding == "symmetric" and strides > 1  # with stride 1 both are alike
+    if symmetric and border:
         x = layers.ZeroPadding2D(border, name=f"{name}_pad")(x)
-    x = layers.Conv2D(
-        filters,
-        kernel_size,
-        strides,
-        padding="same" if strides == 1 else "valid",
+    options = dict(
+        strides=strides,
+        padding="valid" if symmetric else "same",
         use_bias=False,
-        kernel_initializer=he_fan_out(),
         name=f"{name}_conv",
-    )(x)
+    )
+    start = he_fan_out()
+    if filters is None:
+        options["depthwise_initializer"] = start
+        x = layers.DepthwiseConv2D(kernel_size, **options)(x)
+    else:
+        x = layers.Conv2D(filters, kernel_size, kernel_initializer=start, **options)(x)
     x = layers.BatchNormalization(
-        momentum=0.9, epsilon=1e-5, gamma_initializer=gamma, name=f"{name}_norm"
+        momentum=momentum,
+        epsilon=epsilon,
+        gamma_initializer=gamma,
+        name=f"{name}_norm",
     )(x)
     if activation:
         x = layers.Activation(activation, name=f"{name}_{activation}")(x)

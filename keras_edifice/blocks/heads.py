@@ -9,6 +9,7 @@ def class_scores(
     activation="softmax",
     use_bias=True,
     kernel_initializer="glorot_uniform",
+    name="predictions",
 ):
     """(batch, ..., features) -> (batch, ..., num_classes), in float32.
 
@@ -20,5 +21,5 @@ def class_scores(
         use_bias=use_bias,
         kernel_initializer=kernel_initializer,
         dtype="float32",
-        name="predictions",
+        name=name,
     )(features)

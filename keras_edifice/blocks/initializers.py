@@ -7,8 +7,9 @@ def matrix_initializer(kind, parts=1):
     """For the kernel of a dense layer. A new one for each layer.
 
     Args:
-        kind: "xavier", uniform as in the code of Dosovitskiy et al. 2020, or
-            "truncated", normal with deviation 0.02 as in Touvron et al. 2020.
+        kind: "xavier", uniform as in the code of Dosovitskiy et al. 2020;
+            "truncated", normal with deviation 0.02 as in Touvron et al. 2020; or
+            "lecun", normal with variance 1 / fan_in as in Tolstikhin et al. 2021.
         parts: number of square matrices that the kernel fuses, side by side; each is
             initialised as if it stood alone.
 
@@ -19,8 +20,10 @@ def matrix_initializer(kind, parts=1):
         return VarianceScaling((1 + parts) / 2, "fan_avg", "uniform")
     if kind == "truncated":
         return TruncatedNormal(stddev=0.02)
+    if kind == "lecun":
+        return VarianceScaling(1.0, "fan_in", "truncated_normal")
     raise ValueError(
-        f"initializer must be one of 'xavier', 'truncated', received {kind!r}"
+        f"initializer must be one of 'xavier', 'truncated', 'lecun', received {kind!r}"
     )
 
 

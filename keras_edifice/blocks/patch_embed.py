@@ -11,6 +11,7 @@ import keras
 from keras import layers, ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.initializers import matrix_initializer
 from keras_edifice.blocks.layer_norm import LayerNorm
 
 CONVOLUTIONS = {1: layers.Conv1D, 2: layers.Conv2D, 3: layers.Conv3D}
@@ -27,7 +28,8 @@ class PatchEmbed(Composite):
         embed_size: width of a token.
         patch_size: side of a patch, or one for each axis.
         use_bias: whether there is a bias.
-        initializer: of the kernel, the name of a Keras initialiser.
+        initializer: of the kernel, "truncated" as in `matrix_initializer`, or the
+            name of a Keras initialiser.
         flatten: False gives the grid, (batch, rows, columns, embed_size).
         stride: distance of the patches, or one for each axis; None for their size.
             Below it they overlap.
@@ -73,12 +75,15 @@ class PatchEmbed(Composite):
             )
         if not self.pad:
             self._check_cover(input_shape[1:-1])
+        start = self.initializer
+        if start == "truncated":
+            start = matrix_initializer(start)
         self.projection = CONVOLUTIONS[rank](
             self.embed_size,
             self.sizes,
             self.strides,
             use_bias=self.use_bias,
-            kernel_initializer=self.initializer,
+            kernel_initializer=start,
             dtype=self.dtype_policy,
             name="projection",
         )

@@ -88,19 +88,14 @@ class _Products:
         self.after = ops.reshape(after, ops.shape(log_decay))
 
     def weights(self):
-        ones = ops.ones_like(self.before)
-        return self.scores(ones, ones)
+        shape = (*ops.shape(self.before)[:-1], self.before.shape[-2])
+        ones = ops.reshape(ops.ones_like(self.before), (-1, 1, 1))
+        return ops.reshape(_triangle(ones, self.levels), shape)
 
     def scores(self, q, k):
         shape = (*ops.shape(q)[:-1], q.shape[-2])
         scores = ops.reshape(ops.sum(q * k, axis=-1), (-1, 1, 1))
-        for q_second, k_first in self._decayed(q, k):
-            below = ops.matmul(q_second, turned(k_first))
-            first, second = _neighbours(scores)
-            above = ops.concatenate([first, ops.zeros_like(below)], axis=2)
-            below = ops.concatenate([below, second], axis=2)
-            scores = ops.concatenate([above, below], axis=1)
-        return ops.reshape(scores, shape)
+        return ops.reshape(_triangle(scores, self._decayed(q, k)), shape)
 
     def scores_gradient(self, q, k, by_scores):
         """Gradients in q and k, from the whole chunk down to single steps."""
@@ -128,6 +123,22 @@ class _Products:
             q_second = _neighbours(ops.reshape(q, (-1, size, q.shape[-1])))[1]
             k_first = _neighbours(ops.reshape(k, (-1, size, k.shape[-1])))[0]
             yield q_second * before, k_first * after
+
+
+def _triangle(diagonal, levels):
+    """Whole chunks, (m, c, c), from single steps and each level's pair (rows, columns).
+
+    The second block of a pair meets the first one in rows times columns.
+    """
+    blocks = diagonal
+    for rows, columns in levels:
+        (first, second), columns = _neighbours(blocks), turned(columns)
+        outer = rows.shape[-1] == 1
+        below = rows * columns if outer else ops.matmul(rows, columns)
+        above = ops.concatenate([first, ops.zeros_like(below)], axis=2)
+        below = ops.concatenate([below, second], axis=2)
+        blocks = ops.concatenate([above, below], axis=1)
+    return blocks
 
 
 def _neighbours(blocks):

@@ -282,21 +282,24 @@ def _running_maximum(log_input, log_forget, start):
     taken as one. Only m_0 passes a gradient on.
     """
     f, m = (ops.swapaxes(x, 0, 1) for x in (log_forget, log_input))
-    position, start = positions(m, 0), ops.expand_dims(start, 0)
-
-    def distance(steps):
-        source = ops.cast(ops.maximum(position - steps, 0.0), "int32")
-        return source, ops.reshape(position >= steps, (-1, 1, 1))
-
-    previous, known = distance(1.0)
-    m = ops.where(known, m, _next_maximum(f, start, m))
+    start = ops.expand_dims(start, 0)
+    first = ops.reshape(positions(m, 0) < 1.0, (-1, 1, 1))
+    m = ops.where(first, _next_maximum(f, start, m), m)
     for r in range(math.ceil(math.log2(static_length(m, 0) or LONGEST))):
-        source, reached = distance(2.0**r)
-        m = ops.where(reached, _next_maximum(f, ops.take(m, source, axis=0), m), m)
-        f = ops.where(reached, f + ops.take(f, source, axis=0), f)
+        m = _next_maximum(f, _delayed(m, 2**r, -math.inf), m)
+        f = f + _delayed(f, 2**r, 0.0)
     m = ops.stop_gradient(m)
-    before = ops.where(known, ops.take(m, previous, axis=0), start)
+    before = ops.where(first, start, _delayed(m, 1, 0.0))
     return ops.swapaxes(before, 0, 1), ops.swapaxes(m, 0, 1)
+
+
+def _delayed(x, steps, first):
+    """Axis 0 so many steps later, and `first` before."""
+    if static_length(x, 0) is not None:
+        return ops.pad(x[:-steps], [(steps, 0), (0, 0), (0, 0)], constant_values=first)
+    source = positions(x, 0) - steps
+    earlier = ops.take(x, ops.cast(ops.maximum(source, 0.0), "int32"), axis=0)
+    return ops.where(ops.reshape(source >= 0.0, (-1, 1, 1)), earlier, first)
 
 
 def _decay_of_steps(log_decay, dtype):

@@ -41,6 +41,34 @@ def test_it_is_a_padded_convolution_normalised_and_activated(
     assert_close(model(x), reference(x, model.weights, strides, relu=True))
 
 
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_depthwise_keeps_the_channels_apart(kernel_size, strides):
+    model = unit(None, kernel_size, strides)
+    x = rng.normal(size=(2, 9, 6, 2)).astype("float32")
+    kernel, *norm = model.weights
+    assert kernel.shape == (kernel_size, kernel_size, 2, 1)
+    full = np.zeros((kernel_size, kernel_size, 2, 2))
+    for channel in range(2):
+        full[..., channel, channel] = to_numpy(kernel)[..., channel, 0]
+    assert_close(model(x), reference(x, [full, *norm], strides, relu=True))
+
+
+def test_padding_same_starts_where_tensorflow_starts():
+    model = unit(4, 3, 2, padding="same")
+    x = rng.normal(size=(2, 8, 8, 2)).astype("float32")
+    symmetric = unit(4, 3, 2)
+    symmetric.set_weights(model.get_weights())
+    moved = np.roll(x, (-1, -1), axis=(1, 2))
+    moved[:, -1], moved[:, :, -1] = 0, 0  # zeros after the end, none before
+    assert_close(to_numpy(model(x))[:, 1:, 1:], to_numpy(symmetric(moved))[:, 1:, 1:])
+
+
+def test_epsilon_and_momentum_are_those_of_the_normalisation():
+    norm = unit(4, 3, epsilon=1e-3, momentum=0.7).get_layer("unit_norm")
+    assert (norm.epsilon, norm.momentum) == (1e-3, 0.7)
+
+
 def test_without_activation_it_is_negative_too():
     model = unit(4, 3, activation=None)
     x = rng.normal(size=(2, 5, 5, 2)).astype("float32")
@@ -65,4 +93,11 @@ def test_kernels_start_with_the_variance_of_he():
     assert_close(kernel.std(), np.sqrt(2 / (9 * 50)), 2e-2)  # 18000 draws
     assert np.any(to_numpy(he_fan_out()((3, 3, 40, 50))) != kernel)
     start = unit(4, 3).get_layer("unit_conv").kernel_initializer
+    assert (start.mode, start.scale) == ("fan_out", 2.0)
+
+
+def test_depthwise_kernels_fan_out_to_their_own_channel():
+    kernel = to_numpy(he_fan_out()((3, 3, 2000, 1)))
+    assert_close(kernel.std(), np.sqrt(2 / 9), 2e-2)  # 18000 draws
+    start = unit(None, 3).get_layer("unit_conv").depthwise_initializer
     assert (start.mode, start.scale) == ("fan_out", 2.0)

@@ -21,6 +21,12 @@ def test_truncated_normal_is_cut_at_two_deviations():
     assert_close(kernel.std(), 0.88 * 0.02, 1e-3)
 
 
+def test_lecun_keeps_the_variance_of_the_inputs():
+    for parts in (1, 3):
+        kernel = to_numpy(matrix_initializer("lecun", parts)((100, 100 * parts)))
+        assert_close(kernel.var() * 100, 1.0, 0.05)
+
+
 def test_biases_start_near_zero_or_at_it():
     biases = to_numpy(mlp_bias_initializer("xavier")((1000,)))
     assert 5e-7 < biases.std() < 2e-6
@@ -28,5 +34,5 @@ def test_biases_start_near_zero_or_at_it():
 
 
 def test_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="'xavier', 'truncated', received 'he'"):
+    with pytest.raises(ValueError, match="'truncated', 'lecun', received 'he'"):
         matrix_initializer("he")

@@ -67,6 +67,12 @@ def test_config_keeps_the_arguments():
     assert (layer.initializer, layer.flatten) == ("glorot_uniform", False)
 
 
+def test_truncated_kernel_is_that_of_the_matrices():
+    layer = PatchEmbed(50, 3, initializer="truncated")
+    layer.build((None, 6, 9, 2))
+    assert 0.03 < np.abs(to_numpy(layer.projection.kernel)).max() <= 0.0401
+
+
 def test_zeros_fill_what_the_patches_do_not_cover():
     layer = PatchEmbed(5, 3, pad=True)
     layer.build((None, 6, 8, 2))

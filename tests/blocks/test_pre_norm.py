@@ -35,3 +35,14 @@ def test_dropout_is_on_single_values():
     block = model(dropout=0.5)
     assert block.get_layer("branch_dropout").rate == 0.5
     assert not any("drop_path" in layer.name for layer in block.layers)
+
+
+def test_another_norm_and_a_factor_may_be_asked_for():
+    norm = keras.layers.GroupNormalization(1, name="other")
+    block = model(norm=norm, layer_scale=0.5)
+    assert "branch_norm" not in {layer.name for layer in block.layers}
+    assert_close(block.get_layer("branch_scale").gamma, np.full(4, 0.5), 0)
+    shake(block)
+    kernel, bias = (to_numpy(w) for w in block.get_layer("branch").weights)
+    gamma = to_numpy(block.get_layer("branch_scale").gamma)
+    assert_close(block(x), x + (to_numpy(norm(x)) @ kernel + bias) * gamma)
