@@ -493,7 +493,9 @@ def _in_chunks(x, count, size):
     elif steps < count * size:
         x = ops.pad(x, [(0, 0), (0, count * size - steps), (0, 0), (0, 0)])
     x = ops.reshape(x, (ops.shape(x)[0], count, size, *x.shape[2:]))
-    return ops.transpose(x, (1, 0, 3, 2, 4))
+    x = ops.transpose(x, (1, 0, 3, 2, 4))
+    # PyTorch would copy the chunks again for each product; this lays them out once.
+    return ops.reshape(ops.reshape(x, (-1, *x.shape[3:])), ops.shape(x))
 
 
 def _chunkwise(kind, heads):

@@ -137,6 +137,38 @@ class BlockDiagonalDense(layers.Layer):
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
+class MLSTMGates(layers.Layer):
+    """q, k and v, (..., width) each, -> (..., 2 num_heads): W_if [q; k; v] + b.
+
+    The three are multiplied one by one and never put side by side.
+
+    Args:
+        num_heads: input gates, which come first, and as many forget gates.
+    """
+
+    def __init__(self, num_heads, **kwargs):
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+
+    def build(self, q_shape, k_shape, v_shape):
+        inputs, gates = q_shape[-1] + k_shape[-1] + v_shape[-1], 2 * self.num_heads
+        bias = gate_bias(0.0, 0.1, self.num_heads)
+        self.kernel = self.add_weight((inputs, gates), "zeros", name="kernel")
+        self.bias = self.add_weight((gates,), bias, name="bias")
+
+    def call(self, q, k, v):
+        kernel, total, start = ops.convert_to_tensor(self.kernel), self.bias, 0
+        for x in (q, k, v):
+            end = start + x.shape[-1]
+            total = total + ops.matmul(x, kernel[start:end])
+            start = end
+        return total
+
+    def compute_output_shape(self, q_shape, k_shape, v_shape):
+        return (*q_shape[:-1], 2 * self.num_heads)
+
+
+@keras.saving.register_keras_serializable("keras_edifice")
 class XLSTMFeedForward(Composite):
     """W_down (φ(W_gate x) ⊙ W_up x), (..., features) -> the same, without biases.
 
@@ -339,8 +371,8 @@ class MLSTMLayer(_MatrixMemory):
             )
             layer.build((None, None, width))
             setattr(self, name, layer)
-        bias = gate_bias(0.0, 0.1, self.num_heads)
-        self.gates = dense(self, "gates", 2 * self.num_heads, 3 * width, "zeros", bias)
+        self.gates = MLSTMGates(self.num_heads, dtype=self.dtype_policy, name="gates")
+        self.gates.build(*[(None, None, width)] * 3)
         self.norm = PerHeadNorm(center=False, dtype=self.dtype_policy, name="norm")
         self.norm.build((None, None, self.num_heads, self.value_size))
         self.skip = self.add_weight((width,), "ones", name="skip")
@@ -355,7 +387,7 @@ class MLSTMLayer(_MatrixMemory):
 
     def _heads(self, x_m, x_c):
         q, k, v = self.q_proj(x_c), self.k_proj(x_c), self.v_proj(x_m)
-        gates = self.gates(ops.concatenate([q, k, v], axis=-1))
+        gates = self.gates(q, k, v)
         q, k, v = self._split(q), self._split(k), self._split(v)
         return q, k * self.key_size**-0.5, v, gates
 
