@@ -29,10 +29,12 @@ if _unusable is None:
     from keras_edifice.comparison import compare
     from keras_edifice.exporting import export
     from keras_edifice.model import EdificeModel
+    from keras_edifice.profiling import Profile, profile
     from keras_edifice.streaming import StreamingModel, streaming
 
     __all__ = [
         "EdificeModel",
+        "Profile",
         "StreamingModel",
         "architecture",
         "build",
@@ -43,6 +45,7 @@ if _unusable is None:
         "layers",
         "list_architectures",
         "list_families",
+        "profile",
         "search",
         "streaming",
     ]

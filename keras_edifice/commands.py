@@ -205,12 +205,9 @@ def info(
         print(json.dumps(_description(entry), indent=2))
         return
     out = _console()
-    facts = Table.grid(padding=(0, 2))
-    for key, value in _facts(entry).items():
-        facts.add_row(key, value)
     out.print(
         Panel(
-            Group(entry.summary, "", facts),
+            Group(entry.summary, "", _grid(_facts(entry))),
             title=f"{entry.name}: {entry.title}",
             title_align="left",
             expand=False,
@@ -253,6 +250,51 @@ def summary(
 
 
 @app.command()
+def profile(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="An architecture or a FILE.keras.")],
+    options: Options = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=N", help="Of an axis that the model leaves open."),
+    ] = None,
+    backend: Backend = None,
+    chart: Annotated[
+        Path | None, typer.Option(help="FILE.svg, FILE.png or FILE.html for a chart.")
+    ] = None,
+    as_json: Json = False,
+):
+    """Count weights, multiply-accumulates and activations, layer by layer."""
+    _use(ctx, backend)
+    from keras_edifice.comparison.contenders import parse_options
+    from keras_edifice.profiling import build_without_weights
+
+    sizes = parse_options(size or [])
+    built = _model(model, options, build_without_weights)
+    found = keras_edifice.profile(built, **sizes)
+    if as_json:
+        print(found.to_json())
+    else:
+        _show_profile(_console(), found)
+    if chart is not None:
+        found.chart(chart)
+        note = _console(stderr=True)
+        note.print(f"chart: {chart.resolve()}", soft_wrap=True)
+
+
+def _show_profile(out, found):
+    from keras_edifice.profiling import FIGURES, cells
+
+    table = _table("layer", "class", "output")
+    for name in FIGURES:
+        table.add_column(name, justify="right")
+    for row in found.rows:
+        table.add_row(*cells(row))
+    out.print(table)
+    out.print(_grid({"model": f"{found.model}, one example", **found.facts()}))
+
+
+@app.command()
 def export(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="An architecture or a FILE.keras.")],
@@ -265,20 +307,13 @@ def export(
 ):
     """Export an architecture or a saved model, and check the file that was written."""
     _use(ctx, backend)
-    from keras_edifice.comparison.contenders import parse_options
     from keras_edifice.exporting import export as write
 
     if format not in ("onnx", "saved_model"):
         raise ValueError(f"format must be onnx or saved_model, received {format!r}")
-    given = parse_options(options or [])
     console = _console()
     _announce(console)
-    if model.endswith(".keras"):
-        if given:
-            raise ValueError(f"{model} is a saved model, which takes no options")
-        built = _load(model)
-    else:
-        built = keras_edifice.build(model, **given)
+    built = _model(model, options, keras_edifice.build)
     stem = Path(model).stem
     path = out or Path(f"{stem}.onnx" if format == "onnx" else f"{stem}_saved_model")
     difference = write(built, str(path), format=format)
@@ -480,10 +515,7 @@ PARTS = [
 
 def _show_doctor(facts, parts):
     out = _console()
-    grid = Table.grid(padding=(0, 2))
-    for key, value in facts.items():
-        grid.add_row(key, value)
-    out.print(grid)
+    out.print(_grid(facts))
     table = _table("package", "version", "for", "to install")
     for part in parts:
         if part["version"]:
@@ -546,6 +578,18 @@ def _announce(out):
     out.print(f"backend: {_backend_line()}", soft_wrap=True)
 
 
+def _model(name, options, build):
+    """The model in a file, or that which `build` makes of an architecture."""
+    from keras_edifice.comparison.contenders import parse_options
+
+    given = parse_options(options or [])
+    if not name.endswith(".keras"):
+        return build(name, **given)
+    if given:
+        raise ValueError(f"{name} is a saved model, which takes no options")
+    return _load(name)
+
+
 def _load(path):
     import keras
 
@@ -560,6 +604,13 @@ def _console(stderr=False):
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDE
     return console
+
+
+def _grid(facts):
+    grid = Table.grid(padding=(0, 2))
+    for key, value in facts.items():
+        grid.add_row(key, value)
+    return grid
 
 
 def _table(*columns):

@@ -1,6 +1,6 @@
 """What a model costs for one example: weights, multiply-accumulates, activations.
 
->>> print(profile(build("resnet", variant="resnet50"), image_size=224))
+>>> print(profile(build("resnet", variant="imagenet50"), image_size=224))
 """
 
 import json
@@ -14,6 +14,7 @@ from keras import tree
 
 from keras_edifice.backends.products import multiply_accumulates
 from keras_edifice.backends.signature import shapes
+from keras_edifice.errors import one_line
 from keras_edifice.registry import build
 
 
@@ -71,6 +72,12 @@ class Profile:
     def to_json(self) -> str:
         """The totals and the rows as JSON."""
         return json.dumps(asdict(self), indent=2)
+
+    def chart(self, path):
+        """Writes a chart of the layers as SVG, PNG or HTML, by the ending of `path`."""
+        from keras_edifice.benchmark.charts import save_profile
+
+        save_profile(self, path)
 
     def facts(self) -> dict[str, str]:
         """The totals, for people."""
@@ -212,7 +219,8 @@ class _Trace:
         try:
             count, outputs = multiply_accumulates(run, given + weights)
         except ValueError as error:
-            raise ValueError(f"{name} ({type(layer).__name__}): {error}") from error
+            kind = type(layer).__name__
+            raise ValueError(f"{name} ({kind}): {one_line(error)}") from error
         made = [x for x in tree.flatten(outputs) if _is_spec(x)]
         new = [v for v in variables if id(v) not in self.counted]
         self.counted |= {id(v) for v in new}
@@ -256,9 +264,12 @@ def _inputs(model, sizes):
             )
         if type(size) is not int or size < 1:
             raise TypeError(f"{name} must be a positive int, received {size!r}")
-    for name in opened:
-        if name not in sizes:
-            raise TypeError(f"{model.name} leaves {name} open; pass {name}=...")
+    missing = [name for name in opened if name not in sizes]
+    if missing:
+        raise TypeError(
+            f"{model.name} leaves {', '.join(missing)} open; pass its size, such as "
+            f"profile(model, {missing[0]}=32), in the command --size {missing[0]}=32"
+        )
     known = {"batch": 1, **sizes}
     return [
         keras.KerasTensor([known.get(axis, axis) for axis in shape], x.dtype)

@@ -112,6 +112,9 @@ def test_compare_ends_with_1_if_all_fail(run):
         (["list", "--family", "nope"], "unknown family 'nope'"),
         (["list", "--kind", "nope"], "kind must be one of vector"),
         (["list", "--search", "no such words"], "no architecture is like that"),
+        (["profile", "resnet"], "resnet leaves image_size open"),
+        (["profile", "mlp", "input_size=2", "--size", "n"], "option=value, received"),
+        (["profile", "mlp", "input_size=2", "--chart", "c.gif"], "must end in .svg"),
         (["export", "mlp", "input_size=2", "--format", "x"], "format must be onnx"),
         (["export", "nowhere.keras"], "no such file: nowhere.keras"),
     ],
@@ -172,6 +175,30 @@ def test_summary_prints_the_layers(run):
     shown = run("summary", "mlp", "input_size=4", "hidden_sizes=[3, 2]").stdout
     assert "Total params: 23" in shown
     assert "Param #" in shown
+
+
+def test_profile_prints_the_layers_and_the_totals(run):
+    shown = run("profile", "mlp", "input_size=4", "hidden_sizes=[3, 2]").stdout
+    assert "dense_1" in shown and "multiply-accumulates" in shown
+    assert "23, 23 of them trainable" in shown
+    held = run("profile", "mlp", "input_size=4", "hidden_sizes=[3, 2]", "--json").stdout
+    assert json.loads(held)["multiply_accumulates"] == 4 * 3 + 3 * 2
+
+
+def test_profile_takes_open_sizes_and_a_saved_model(run):
+    options = ["hidden_size=4", "block_sizes=[1, 1]"]
+    size = ["--size", "image_size=8", "--json"]
+    built = json.loads(run("profile", "resnet", *options, *size).stdout)
+    assert built["input_shapes"] == {"inputs": [1, 8, 8, 3]}
+    keras_edifice.build("resnet", hidden_size=4, block_sizes=[1, 1]).save("m.keras")
+    assert json.loads(run("profile", "m.keras", *size).stdout) == built
+
+
+def test_profile_draws_a_chart(run, tmp_path):
+    pytest.importorskip("altair", reason="charts need the optional part report")
+    arguments = ["profile", "mlp", "input_size=4", "hidden_sizes=[3]"]
+    assert "chart: " in run(*arguments, "--chart", "c.svg").stderr
+    assert "dense_0" in (tmp_path / "c.svg").read_text()
 
 
 def test_export_writes_a_checked_file(run, tmp_path):

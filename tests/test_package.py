@@ -17,12 +17,15 @@ MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py"))
 BACKENDS = {"tensorflow", "jax", "jaxlib", "torch", "tf2onnx", "jax2onnx"}
 OUTSIDE = {"keras", "numpy", "keras_edifice"}
 # Optional parts are imported where they are used. The verbs are loaded by `cli.py`,
-# the exporters of a backend only under it.
+# what is named after a backend only under it.
 OPTIONAL = {
     "commands.py": {"typer", "rich"},
     "backends/export_jax.py": {"jax"},
     "backends/export_tensorflow.py": {"tensorflow"},
     "backends/export_torch.py": {"torch"},
+    "backends/products_jax.py": {"jax"},
+    "backends/products_tensorflow.py": {"tensorflow"},
+    "backends/products_torch.py": {"torch"},
 }
 
 

@@ -25,6 +25,7 @@ class _Flat(torch.nn.Module):
 
 _CustomGradient = type(keras.ops.custom_gradient(lambda x: (x, lambda g: g)))
 _gradient, _take = _CustomGradient.__call__, keras_numpy.take
+_take_along = keras_numpy.take_along_axis
 
 
 def _forward_only(self, *args, **kwargs):
@@ -45,14 +46,27 @@ def _take_any_length(x, indices, axis=None):
     return rows.reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
 
 
+def _gather_along(x, indices, axis=None):
+    """`keras.ops.take_along_axis` by `torch.gather`, which tracing has a form for."""
+    if axis is None or not exporting():
+        return _take_along(x, indices, axis)
+    x, indices = map(keras.ops.convert_to_tensor, (x, indices))
+    axis %= x.ndim
+    indices = torch.where(indices < 0, indices + x.shape[axis], indices).long()
+    sizes = [*x.shape[:axis], indices.shape[axis], *x.shape[axis + 1 :]]
+    return torch.gather(x, axis, indices.expand(sizes))
+
+
 @contextlib.contextmanager
 def _traceable():
     """Operations of Keras in forms that exporters take; other threads see no change."""
     _CustomGradient.__call__, keras_numpy.take = _forward_only, _take_any_length
+    keras_numpy.take_along_axis = _gather_along
     try:
         yield
     finally:
         _CustomGradient.__call__, keras_numpy.take = _gradient, _take
+        keras_numpy.take_along_axis = _take_along
 
 
 @_traceable()

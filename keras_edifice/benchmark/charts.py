@@ -1,4 +1,4 @@
-"""The chart of measurements: time and memory against length, by implementation."""
+"""Charts: measurements against length by implementation, and profiles of models."""
 
 from pathlib import Path
 
@@ -19,6 +19,63 @@ def save_chart(rows, path):
         ImportError: Vega-Altair or vl-convert is not installed.
         ValueError: the ending is another one, or no row has a length.
     """
+    alt, path = _library(path)
+    rows = [row for row in rows if row.length is not None]
+    if not rows:
+        raise ValueError("a chart is drawn against length, and no row has one")
+    panels = [_panels(alt, rows, "milliseconds", "ms")]
+    if any(row.megabytes is not None for row in rows):
+        panels.append(_panels(alt, rows, "megabytes", "MB"))
+    _write(alt.vconcat(*panels), path)
+
+
+def save_profile(profile, path):
+    """Writes the multiply-accumulates of the layers that have some, in their order.
+
+    Args:
+        profile: of `keras_edifice.profile`.
+        path: as for `save_chart`.
+
+    Raises:
+        ImportError: as `save_chart`.
+        ValueError: the ending is another one, or no layer multiplies.
+    """
+    alt, path = _library(path)
+    rows = [row for row in profile.rows if row.multiply_accumulates]
+    if not rows:
+        raise ValueError(f"no layer of {profile.model} multiplies; there is no chart")
+    values = [
+        {
+            "layer": row.layer,
+            "class": row.kind,
+            "multiply-accumulates": row.multiply_accumulates,
+        }
+        for row in rows
+    ]
+    bars = (
+        alt.Chart(alt.Data(values=values))
+        .mark_bar()
+        .encode(
+            x=alt.X("multiply-accumulates:Q").axis(format="~s"),
+            y=alt.Y("layer:N", title=None, sort=[row.layer for row in rows]).axis(
+                labelLimit=400
+            ),
+            color=alt.Color("class:N", title=None).legend(
+                orient="top", columns=COLUMNS
+            ),
+        )
+        .properties(
+            title=f"{profile.model}: {profile.multiply_accumulates:,} "
+            "multiply-accumulates",
+            width=2 * SIZE,
+            height=alt.Step(14),
+        )
+    )
+    _write(bars, path)
+
+
+def _library(path):
+    """Vega-Altair, and the path if a chart can be written there."""
     path = Path(path)
     if path.suffix not in (".svg", ".png", ".html"):
         raise ValueError(f"chart must end in .svg, .png or .html, received {path.name}")
@@ -30,13 +87,11 @@ def save_chart(rows, path):
             f"the chart needs {error.name}, which is not installed; "
             f"run: {install_command('report')}"
         ) from None
-    rows = [row for row in rows if row.length is not None]
-    if not rows:
-        raise ValueError("a chart is drawn against length, and no row has one")
-    panels = [_panels(alt, rows, "milliseconds", "ms")]
-    if any(row.megabytes is not None for row in rows):
-        panels.append(_panels(alt, rows, "megabytes", "MB"))
-    chart = alt.vconcat(*panels).configure(font="sans-serif", background="white")
+    return alt, path
+
+
+def _write(chart, path):
+    chart = chart.configure(font="sans-serif", background="white")
     chart.save(str(path), **({"scale_factor": 2} if path.suffix == ".png" else {}))
 
 

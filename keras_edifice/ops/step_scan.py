@@ -3,6 +3,7 @@
 from keras import layers, ops
 
 from keras_edifice.backends.traits import COMPILES_LOOPS
+from keras_edifice.ops.tracing import static_length
 
 
 def step_scan(step, inputs, state):
@@ -18,6 +19,9 @@ def step_scan(step, inputs, state):
 
     Returns:
         (outputs of all steps, state after the last one).
+
+    Raises:
+        ValueError: an export from PyTorch leaves the length open.
     """
     if COMPILES_LOOPS:
         if not state:  # RNN wants one
@@ -26,8 +30,14 @@ def step_scan(step, inputs, state):
         loop = layers.RNN(_Step(step, sizes), return_sequences=True, return_state=True)
         outputs, *state = loop(inputs, initial_state=list(state))
         return outputs, state
+    length = static_length(inputs)
+    if length is None:
+        raise ValueError(
+            "PyTorch exports a loop over time for a fixed length only, received an "
+            "unknown one; fix it, or export from TensorFlow or JAX"
+        )
     outputs = []
-    for x in ops.unstack(inputs, num=inputs.shape[1], axis=1):
+    for x in ops.unstack(inputs, num=length, axis=1):
         y, state = step(x, state)
         outputs.append(y)
     return ops.stack(outputs, axis=1), list(state)

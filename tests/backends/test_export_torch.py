@@ -64,6 +64,20 @@ def test_traced_take_follows_open_sizes(axis, tmp_path):
         assert_close(y, np.take(values, indices[0] - 1, axis=axis), 0)
 
 
+@pytest.mark.parametrize("axis", [1, -2])
+def test_traced_take_along_an_axis_follows_open_sizes(axis, tmp_path):
+    x = keras.Input((None, 2), name="x")
+    order = keras.Input((3, 1), name="order", dtype="int32")
+    model = keras.Model([x, order], ops.take_along_axis(x, order - 1, axis=axis))
+    path = str(tmp_path / "model.onnx")
+    routes.write(model, "onnx", "torchscript", path)
+    for shape in ((2, 7, 2), (4, 3, 2)):
+        values = rng.normal(size=shape).astype("float32")
+        indices = rng.integers(0, 3, (shape[0], 3, 1)).astype("int32")  # -1 too
+        ((y,),) = run_onnx(model, path, [[values, indices]], None)
+        assert_close(y, np.take_along_axis(values, indices - 1, axis=1), 0)
+
+
 def test_operations_are_as_before_after_an_export(tmp_path):
     import torch
 

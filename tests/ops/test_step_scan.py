@@ -1,6 +1,8 @@
 import keras
 import numpy as np
+import pytest
 
+from keras_edifice.ops import step_scan as module
 from keras_edifice.ops.step_scan import step_scan
 from tests.support.close import assert_close
 
@@ -28,6 +30,13 @@ def test_scan_is_the_loop():
         count = count + 1
     assert_close(final[0], total)
     assert_close(final[1], count)
+
+
+def test_an_open_length_from_pytorch_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(module, "COMPILES_LOOPS", False)
+    monkeypatch.setattr(module, "static_length", lambda x: None)
+    with pytest.raises(ValueError, match="for a fixed length only, received an unkn"):
+        step_scan(step, keras.ops.ones((2, 5, 3)), [])
 
 
 def test_a_step_without_state_is_applied_to_each():
