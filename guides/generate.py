@@ -5,11 +5,12 @@
 
 `guides/architectures.md` and the families in README.md come from the registry, the
 table in `guides/building_blocks.md` from the blocks, those in `guides/performance.md`
-from the measurements beside it, and `guides/fidelity.md` from build/fidelity, where
-there are such measurements.
+from the measurements beside it, that in `guides/profiling.md` by counting, and
+`guides/fidelity.md` from build/fidelity, where there are such measurements.
 """
 
 import argparse
+import functools
 import inspect
 import json
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import keras_edifice
 from keras_edifice.benchmark.rows import Row, growth
+from keras_edifice.profiling import build_without_weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -155,6 +157,44 @@ def operations(rows, memory=True):
     return "\n".join(lines) + "\n"
 
 
+def profiles(rows):
+    """Published multiply-accumulates beside those that `profile` counts."""
+    lines = [
+        "| architecture | options | published | counted | parameters | source |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        model = build_without_weights(row["architecture"], **row["options"])
+        found = keras_edifice.profile(model)
+        options = ", ".join(f"`{k}={v}`" for k, v in row["options"].items())
+        counted = f"{found.multiply_accumulates / 1e6:.1f} M"
+        if row["published"].endswith("G"):
+            counted = f"{found.multiply_accumulates / 1e9:.3f} G"
+        lines.append(
+            f"| `{row['architecture']}` | {options} | {row['published']} | {counted} "
+            f"| {found.trainable_parameters:,} | {row['source']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def compared(rows):
+    """Architectures beside independent implementations: one row for each part."""
+    rows = [Row(**row) for row in rows]
+    lines = [
+        "| architecture | part | implementation | ms | MB | this package takes |",
+        "|---|---|---|---|---|---|",
+    ]
+    order = list(dict.fromkeys(row.name for row in rows))
+    parts = list(dict.fromkeys(row.part for row in rows))
+    for row in sorted(
+        rows, key=lambda row: (order.index(row.name), parts.index(row.part))
+    ):
+        cells = [row.name, row.part, row.implementation, _digits(row.milliseconds)]
+        cells += [_digits(row.megabytes), row.ratio_text()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _digits(x):
     """At least three digits; nothing for None."""
     if x is None:
@@ -170,12 +210,15 @@ def documents():
         (ROOT / "README.md", "families", families()),
         (guides / "building_blocks.md", "blocks", blocks()),
     ]
-    for mark, file, memory in (
-        ("operations", "performance.json", True),
-        ("growth", "growth.json", False),
+    published = json.loads((guides / "profiles.json").read_text())
+    parts.append((guides / "profiling.md", "profiles", profiles(published)))
+    for mark, file, table in (
+        ("operations", "performance.json", operations),
+        ("growth", "growth.json", functools.partial(operations, memory=False)),
+        ("architectures", "architectures.json", compared),
     ):
-        table = operations(json.loads((guides / file).read_text()), memory)
-        parts.append((guides / "performance.md", mark, table))
+        measured = json.loads((guides / file).read_text())
+        parts.append((guides / "performance.md", mark, table(measured)))
     for path, mark, new in parts:
         found[path] = between(found.get(path) or path.read_text(), mark, new)
     measured = ROOT / "build" / "fidelity"
