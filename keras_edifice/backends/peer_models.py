@@ -1,8 +1,9 @@
 """Independent implementations of architectures in PyTorch, to measure ours against.
 
-Each is a function of the resolved options of the architecture; it gives a module of
-(batch, length, embed_size) -> (batch, length, hidden_size) with the same sizes, where
-`embed_size` is `hidden_size`. Their packages are imported when they are asked for.
+Each is a function of the resolved options of the architecture; it gives a module with
+the same sizes. Those of sequences are (batch, length, embed_size) -> (batch, length,
+hidden_size), where `embed_size` is `hidden_size`; those of images (batch, channels,
+height, width) -> (batch, classes). Their packages are imported when they are asked for.
 """
 
 import importlib
@@ -11,33 +12,38 @@ import math
 import numpy as np
 
 from keras_edifice.backends.timing import torch_peak_bytes
+from keras_edifice.convolutional.resnet import stage_blocks
 
 
 class PeerModel:
-    """A module with data, trained with Adam on the mean squared error of its last step.
+    """A module with data, trained with Adam on the mean squared error of its output.
 
     Args:
-        module: (batch, length, features) -> (batch, length, width).
-        x: its input, an array.
-        y: targets of the last step, (batch, width).
+        module: of sequences or of images; of a sequence the last step is its output.
+        x: its input, an array; images have their channels last.
+        y: targets of its output, (batch, width).
     """
 
     def __init__(self, module, x, y):
         import torch
 
         self.module = module
+        if x.ndim == 4:
+            x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
         self.x, self.y = torch.as_tensor(x), torch.as_tensor(y)
         self.optimizer = torch.optim.Adam(module.parameters())
 
     def forward(self):
-        """The last step, without gradients, as an array."""
+        """The output of inference, without gradients, as an array."""
         import torch
 
+        self.module.eval()
         with torch.no_grad():
-            return np.asarray(self.module(self.x)[:, -1])
+            return np.asarray(self._output())
 
     def train(self):
         """One step of training; the loss as a number."""
+        self.module.train()
         self.optimizer.zero_grad()
         loss = self._backward()
         self.optimizer.step()
@@ -45,11 +51,16 @@ class PeerModel:
 
     def peak_bytes(self):
         """The most memory that tensors take in a forward and backward pass."""
+        self.module.train()
         self.optimizer.zero_grad()
         return torch_peak_bytes(self._backward)
 
+    def _output(self):
+        y = self.module(self.x)
+        return y[:, -1] if y.ndim == 3 else y
+
     def _backward(self):
-        loss = (self.module(self.x)[:, -1] - self.y).square().mean()
+        loss = (self._output() - self.y).square().mean()
         loss.backward()
         return loss.detach()
 
@@ -250,6 +261,76 @@ def _titans(options):
     return _module(run, stack)
 
 
+def _classifier(config_name, model_name, translate):
+    """An image classifier of transformers, which gives logits."""
+
+    def make(options):
+        transformers = _package("transformers")
+        config = getattr(transformers, config_name)(
+            num_labels=options["num_classes"], **translate(options)
+        )
+        model = getattr(transformers, model_name)(config)
+        return _module(lambda model, x: model(x).logits, model)
+
+    return make
+
+
+def _resnet_config(options):
+    block_type, sizes = stage_blocks(
+        options["depth"], options["block_type"], options["block_sizes"]
+    )
+    width = options["hidden_size"]
+    expansion = 4 if block_type == "bottleneck" else 1
+    return dict(
+        num_channels=options["input_channels"],
+        embedding_size=width,
+        hidden_sizes=[width * 2**stage * expansion for stage in range(len(sizes))],
+        depths=sizes,
+        layer_type=block_type,
+        downsample_in_bottleneck=options["stride_on"] == "1x1",
+    )
+
+
+def _vit_config(options):
+    return dict(
+        image_size=options["image_size"],
+        patch_size=options["patch_size"],
+        num_channels=options["num_channels"],
+        hidden_size=options["embed_size"],
+        num_hidden_layers=options["num_layers"],
+        num_attention_heads=options["num_heads"],
+        intermediate_size=int(options["mlp_ratio"] * options["embed_size"]),
+    )
+
+
+def _swin_config(options):
+    names = dict(
+        image_size="image_size",
+        patch_size="patch_size",
+        num_channels="num_channels",
+        embed_dim="embed_size",
+        depths="depths",
+        num_heads="num_heads",
+        window_size="window_size",
+        mlp_ratio="mlp_ratio",
+        drop_path_rate="drop_path",
+    )
+    return {theirs: options[ours] for theirs, ours in names.items()}
+
+
+def _convnext_config(options):
+    names = dict(
+        num_channels="num_channels",
+        patch_size="patch_size",
+        hidden_sizes="hidden_sizes",
+        depths="depths",
+        layer_scale_init_value="layer_scale",
+        drop_path_rate="drop_path",
+    )
+    config = {theirs: options[ours] for theirs, ours in names.items()}
+    return {**config, "num_stages": len(options["depths"])}
+
+
 PEER_MODELS = {
     "lstm": {"torch.nn.LSTM": _torch_recurrent("LSTM")},
     "gru": {"torch.nn.GRU": _torch_recurrent("GRU")},
@@ -265,5 +346,15 @@ PEER_MODELS = {
     },
     "mlstm": {"xlstm": _xlstm},
     "titans": {"titans-pytorch": _titans},
+    **{
+        name: {"transformers": _classifier(f"{kind}Config", model, translate)}
+        for name, kind, translate in (
+            ("resnet", "ResNet", _resnet_config),
+            ("vit", "ViT", _vit_config),
+            ("swin", "Swin", _swin_config),
+            ("convnext", "ConvNext", _convnext_config),
+        )
+        for model in [f"{kind}ForImageClassification"]
+    },
 }
 """Architecture -> its implementations by name."""

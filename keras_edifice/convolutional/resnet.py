@@ -14,6 +14,7 @@ import keras
 from keras import layers, ops
 
 from keras_edifice.blocks.conv_unit import conv_unit
+from keras_edifice.blocks.global_pool import global_pool
 from keras_edifice.blocks.heads import class_scores
 from keras_edifice.blocks.images import image_input, stage_maps
 from keras_edifice.blocks.max_pooling import MaxPooling
@@ -91,18 +92,16 @@ def _block(x, block_type, width, strides, stride_on, shortcut, gamma, name):
     return layers.Activation("relu", name=f"{name}_relu")(x)
 
 
+def stage_blocks(depth, block_type=None, block_sizes=None):
+    """The kind of block and the number in each stage; what is given, or of `depth`."""
+    depth_type, depth_sizes = _DEPTHS[depth]
+    return block_type or depth_type, block_sizes or depth_sizes
+
+
 def _head(x, pooling, dropout, num_classes, activation):
     """The last map, pooled and classified, as far as the options ask for it."""
-    if pooling is None:
-        if num_classes is not None:
-            raise ValueError(
-                "pooling must be 'avg' or 'max' when there are classes, received None; "
-                "give num_classes=None for the last map"
-            )
-        return x
-    pool = dict(avg=layers.GlobalAveragePooling2D, max=layers.GlobalMaxPooling2D)
-    x = pool[pooling](name="pool")(x)
-    if dropout:
+    x = global_pool(x, pooling, num_classes)
+    if dropout and pooling is not None:
         x = layers.Dropout(dropout, name="dropout")(x)
     return x if num_classes is None else class_scores(x, num_classes, activation)
 
@@ -168,8 +167,7 @@ def resnet(
         features_only: give the map of each stage, {"stride_4": ...}, and no head.
     """
     inputs = image_input(image_size, input_channels)
-    depth_type, depth_sizes = _DEPTHS[depth]
-    block_type, block_sizes = block_type or depth_type, block_sizes or depth_sizes
+    block_type, block_sizes = stage_blocks(depth, block_type, block_sizes)
     gamma = "zeros" if zero_init_residual else "ones"
     x, stride = _stem(inputs, stem, hidden_size)
     maps = {}

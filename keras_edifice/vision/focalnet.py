@@ -205,6 +205,7 @@ def focalnet(
     num_classes: Size | None = None,
     classifier_activation: Activation | None = "softmax",
     pooling: Literal["avg", "max"] | None = "avg",
+    dropout: Rate = 0.0,
     drop_path: Rate = 0.1,
     features_only: bool = False,
 ) -> EdificeModel:
@@ -229,6 +230,7 @@ def focalnet(
         classifier_activation: of the head; None gives logits.
         pooling: how the last map is summarised, after the last norm; None keeps it,
             without classes.
+        dropout: rate before the head, in training.
         drop_path: rate of dropped branches at the last block, growing linearly.
         features_only: give the map of each stage, {"stride_4": ...}, and no head.
     """
@@ -260,6 +262,8 @@ def focalnet(
         return EdificeModel(inputs, stage_maps(maps), name="focalnet")
     x = LayerNorm(name="norm")(x)
     x = global_pool(x, pooling, num_classes)
+    if dropout:
+        x = layers.Dropout(dropout, name="dropout")(x)
     if num_classes is not None:
         start = matrix_initializer("truncated")
         x = class_scores(

@@ -6,7 +6,7 @@ import pytest
 
 import keras_edifice
 from keras_edifice.vision.poolformer import PoolMixer
-from tests.support.close import assert_close, to_numpy
+from tests.support.close import assert_close, difference, to_numpy
 from tests.support.compiled import compiled
 from tests.support.counting import count_weights
 from tests.support.initial import is_truncated
@@ -189,6 +189,12 @@ def test_branches_are_dropped_in_training_and_more_often_in_later_blocks():
         "stage2_block2_mixer_drop_path": 0.5,
         "stage2_block2_mlp_drop_path": 0.5,
     }
+
+
+def test_dropout_is_on_in_training_alone():
+    model, x = small(dropout=0.5, drop_path=0.0), images()
+    assert_close(model(x), model(x), 0)
+    assert difference(model(x, training=True), model(x)) > 1e-3
 
 
 def test_weights_start_truncated():
