@@ -23,7 +23,7 @@ ORIGINAL = {
 
 DEFAULTS = {
     "vector": tuple(ORIGINAL),
-    "image": (*ORIGINAL, "resnet", "vit"),
+    "image": (*ORIGINAL, "resnet", "convnext", "vit", "mlp_mixer"),
     "sequence": ("lstm", "mamba"),
 }
 """Kind of the data -> the contenders if none are named."""
@@ -31,12 +31,30 @@ DEFAULTS = {
 SMALL = {
     "sequence": dict(hidden_size=64, num_layers=2, num_heads=4),
     "set": dict(hidden_size=64, num_layers=2, num_heads=4),
-    "image": dict(embed_size=64, num_layers=2, num_heads=4, patch_size=2),
+    "image": dict(
+        embed_size=64, num_layers=2, num_heads=4, patch_size=2, drop_path=0.0
+    ),
 }
 """Kind of the architecture -> sizes that train in seconds, for options it has."""
 
-COMPACT = {"resnet": dict(hidden_size=16, stem="cifar")}
-"""Architecture -> what it needs beside `SMALL` to train in seconds."""
+COMPACT = {
+    "conv2d": dict(hidden_sizes=[32, 64], pooling="max"),
+    "convnext": dict(
+        depths=[1, 1], hidden_sizes=[32, 64], kernel_size=3, layer_scale=1.0
+    ),
+    "densenet": dict(growth_rate=8, block_sizes=[2, 2, 2], stem="cifar"),
+    "efficientnet": dict(
+        width_multiplier=0.5,
+        blocks=[[1, 3, 1, 32, 1], [4, 3, 1, 48, 1], [4, 3, 2, 64, 1]],
+    ),
+    "focalnet": dict(embed_size=32, depths=[1, 1]),
+    "mlp_mixer": dict(token_mlp_dim=32, channel_mlp_dim=128),
+    "mobilenet": dict(blocks=[[64, 1], [128, 2], [128, 1]]),
+    "poolformer": dict(depths=[1, 1], hidden_sizes=[32, 64], layer_scale=1.0),
+    "resnet": dict(block_sizes=[1, 1, 1], hidden_size=16, stem="cifar"),
+    "swin": dict(embed_size=32, depths=[2, 2], num_heads=[2, 4], window_size=2),
+}
+"""Architecture -> what it needs beside `SMALL` to train in seconds on small images."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,23 @@ import numpy as np
 import pytest
 
 from keras_edifice.comparison.contenders import (
+    COMPACT,
+    DEFAULTS,
+    ORIGINAL,
     contenders,
     fitting_options,
     parse_options,
     split_outside,
 )
-from keras_edifice.comparison.data import load_data
+from keras_edifice.comparison.data import VIEWS, load_data
+from keras_edifice.profiling import build_without_weights
 from keras_edifice.registry import info, list_architectures
+
+IMAGE_CLASSIFIERS = [
+    name
+    for name in list_architectures(kind="image")
+    if "num_classes" in info(name).options
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +103,31 @@ def test_the_sizes_of_images_go_to_the_options_that_the_input_names(digits):
     assert (vit["image_size"], vit["num_channels"]) == (8, 1)
     resnet = fitting_options(info("resnet"), digits, {})
     assert (resnet["input_channels"], resnet["hidden_size"]) == (1, 16)
+
+
+@pytest.mark.parametrize("name", IMAGE_CLASSIFIERS)
+def test_an_image_classifier_fits_images_of_eight_pixels_and_is_small(digits, name):
+    options = fitting_options(info(name), digits, {})
+    model = build_without_weights(name, **{**options, "num_classes": 10})
+    assert model.input_shape[-1] == 1
+    assert model.output_shape == (None, 10)
+    assert 10_000 < model.count_params() < 200_000
+
+
+def test_every_size_of_the_comparison_is_an_option_of_its_architecture():
+    for name, sizes in (*ORIGINAL.items(), *COMPACT.items()):
+        assert set(sizes) <= set(info(name).options), name
+
+
+def test_a_contender_can_be_given_one_of_its_sizes(digits):
+    options = fitting_options(info("convnext"), digits, {"kernel_size": 5})
+    assert (options["kernel_size"], options["depths"]) == (5, [1, 1])
+
+
+def test_the_contenders_for_a_kind_of_data_can_take_it():
+    for kind, names in DEFAULTS.items():
+        assert {info(name).kind for name in names} <= set(VIEWS[kind])
+    assert {"resnet", "convnext", "vit", "mlp_mixer"} < set(DEFAULTS["image"])
 
 
 def test_a_published_size_is_not_made_smaller(digits):
