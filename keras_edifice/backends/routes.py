@@ -72,7 +72,8 @@ def write(model, format, exporter, path):
     """Writes by an exporter of the active backend."""
     backend = keras.backend.backend()
     module = importlib.import_module(f"{__package__}.export_{backend}")
-    with quiet(), export_scope(format):
+    fixed = backend == "torch" and not open_axes(model)
+    with quiet(), export_scope(format, only_batch_open=fixed):
         getattr(module, exporter)(model, path)
 
 

@@ -5,7 +5,7 @@ from keras import layers, ops
 
 from keras_edifice.backends import routes
 from keras_edifice.backends.artefacts import run_onnx
-from keras_edifice.ops.tracing import export_scope
+from keras_edifice.ops.tracing import export_scope, static_length
 from tests.support.close import assert_close
 
 pytestmark = pytest.mark.skipif(
@@ -76,6 +76,25 @@ def test_traced_take_along_an_axis_follows_open_sizes(axis, tmp_path):
         indices = rng.integers(0, 3, (shape[0], 3, 1)).astype("int32")  # -1 too
         ((y,),) = run_onnx(model, path, [[values, indices]], None)
         assert_close(y, np.take_along_axis(values, indices - 1, axis=1), 0)
+
+
+@pytest.mark.parametrize("length", [5, None])
+def test_a_fixed_length_is_known_while_tracing(length, tmp_path):
+    seen = []
+
+    @keras.saving.register_keras_serializable("test_export_torch")
+    class Probe(layers.Layer):
+        def call(self, x):
+            seen.append((static_length(x), static_length(x, 0)))
+            return 2.0 * x
+
+        def compute_output_shape(self, input_shape):
+            return input_shape
+
+    inputs = keras.Input((length, 3))
+    model = keras.Model(inputs, Probe()(inputs))
+    routes.write(model, "onnx", "torchscript", str(tmp_path / "model.onnx"))
+    assert set(seen) == {(length, None)}
 
 
 def test_operations_are_as_before_after_an_export(tmp_path):
