@@ -42,6 +42,7 @@ COMPACT = {
     "convnext": dict(
         depths=[1, 1], hidden_sizes=[32, 64], kernel_size=3, layer_scale=1.0
     ),
+    "deit": dict(patch_size=4),
     "densenet": dict(growth_rate=8, block_sizes=[2, 2, 2], stem="cifar"),
     "efficientnet": dict(
         width_multiplier=0.5,
@@ -53,6 +54,7 @@ COMPACT = {
     "poolformer": dict(depths=[1, 1], hidden_sizes=[32, 64], layer_scale=1.0),
     "resnet": dict(block_sizes=[1, 1, 1], hidden_size=16, stem="cifar"),
     "swin": dict(embed_size=32, depths=[2, 2], num_heads=[2, 4], window_size=2),
+    "vit": dict(patch_size=4),
 }
 """Architecture -> what it needs beside `SMALL` to train in seconds on small images."""
 
