@@ -27,7 +27,10 @@ def test_memory_of_every_case_grows_no_faster_than_the_length(case):
         assert 0 < row.fastest <= row.milliseconds <= row.slowest
     if found[0].megabytes is None:
         pytest.skip("this build of the backend does not count its memory")
-    assert found[-1].megabytes <= module.GROWTH**2 * found[0].megabytes
+    limit = module.GROWTH**2 * found[0].megabytes
+    if keras.backend.backend() == "tensorflow":
+        limit *= 1.5  # its allocator counts blocks, up to twice as large as the tensors
+    assert found[-1].megabytes <= limit  # a square of the length would take 16 times
 
 
 def test_every_operation_with_a_step_has_a_case():
