@@ -359,6 +359,13 @@ def bench(
             "length 1024.",
         ),
     ] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Spent on each measurement at least; default: 0.5 for operations, "
+            "4 for architectures."
+        ),
+    ] = None,
     backend: Backend = None,
     chart: Annotated[
         Path | None, typer.Option(help="FILE.svg, FILE.png or FILE.html for a chart.")
@@ -381,6 +388,7 @@ def bench(
 
     sizes = [_length(text) for text in lengths.split(",")] if lengths else None
     common = dict(peers=against, progress=tell, **({"lengths": sizes} if sizes else {}))
+    common |= {} if seconds is None else {"least": seconds}
     if what == ["ops"]:
         measure = _bench_operations(operations, batch, width, common)
     else:
@@ -393,6 +401,7 @@ def bench(
         for flag, text in given.items():
             arguments += [flag, text] if text else []
         arguments += ["--against"] if against else []
+        arguments += [] if seconds is None else ["--seconds", str(seconds)]
         rows = []
         for name in filter(selection.installed, selection.BACKENDS):
             rows += measured.measure_on(name, arguments)

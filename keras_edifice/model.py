@@ -4,11 +4,12 @@ import json
 
 import keras
 
+from keras_edifice.backends.functional_torch import FreesIntermediates
 from keras_edifice.ops.tracing import export_scope
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
-class EdificeModel(keras.Model):
+class EdificeModel(FreesIntermediates, keras.Model):
     """A functional model that knows the architecture and the options it came from.
 
     Use it as any Keras model. Subclasses define `compute_loss` where an architecture

@@ -26,6 +26,7 @@ OPTIONAL = {
     "backends/products_jax.py": {"jax"},
     "backends/products_tensorflow.py": {"tensorflow"},
     "backends/products_torch.py": {"torch"},
+    "backends/transposed_torch.py": {"torch"},
 }
 
 

@@ -2,6 +2,8 @@
 
 import keras
 
+from keras_edifice.backends.running_torch import kept, runs_now
+
 
 class FusedRecurrence:
     """Beside the LSTM or GRU layer of Keras, before it among the bases of a class.
@@ -17,19 +19,15 @@ class FusedRecurrence:
         return super().inner_loop(sequences, initial_state, mask, training)
 
     def _fusible(self, sequences, mask, training):
-        if keras.backend.backend() != "torch":
+        if not runs_now(sequences):
             return False
-        import torch
-
-        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
         standard = (
             self.activation is keras.activations.tanh
             and self.recurrent_activation is keras.activations.sigmoid
             and getattr(self, "reset_after", True)
         )
         dropped = self.recurrent_dropout or (self.dropout and training)
-        plain = mask is None and not dropped and sequences.device.type != "meta"
-        return standard and plain and not traced
+        return standard and mask is None and not dropped
 
     def _fused(self, sequences, state):
         import torch
@@ -46,21 +44,12 @@ class FusedRecurrence:
         return outputs[:, -1], outputs, [part[0] for part in state]
 
     def _weights_in_order(self, count):
-        """The weights as PyTorch wants them; kept until one changes, unless trained."""
-        import torch
+        """The weights as PyTorch wants them."""
 
-        if torch.is_grad_enabled():
+        def arrange():
             return [_in_order(w, count) for w in self._weights_of_torch()]
-        now = [(w.value, w.value._version) for w in self.cell.weights]
-        kept, weights = self.__dict__.get("_kept_weights", ([], None))
-        same = len(kept) == len(now) and all(
-            a is b and version == latest
-            for (a, version), (b, latest) in zip(kept, now, strict=True)
-        )
-        if not same:
-            weights = [_in_order(w, count) for w in self._weights_of_torch()]
-            self.__dict__["_kept_weights"] = now, weights
-        return weights
+
+        return kept(self, [w.value for w in self.cell.weights], arrange)
 
     def _weights_of_torch(self):
         """The kernels with the gates along the first axis, and two biases if any."""

@@ -32,3 +32,12 @@ def _jax(function, variables):
             return function(*arguments)
 
     return lambda *arguments: run([v.value for v in variables], arguments)
+
+
+def let_go():
+    """Frees models that nothing refers to any more, and what was compiled for them."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.clear_caches()
+    keras.backend.clear_session()  # collects garbage

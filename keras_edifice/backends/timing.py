@@ -61,8 +61,8 @@ def _tensorflow(function, arrays, backward):
         return tape.gradient(total, watched) if backward else value
 
     def call():
-        for x in tf.nest.flatten(run(*tensors)):
-            x.numpy()
+        for x in tf.nest.flatten(run(*tensors), expand_composites=True):
+            x.numpy()  # several arrays for the gradient of a table that is read from
 
     def peak_bytes():
         call()

@@ -18,3 +18,11 @@ EXPORTS_POOLING = _backend != "jax"
 
 SLICES_BACK_SLOWLY = _backend == "tensorflow"
 """The gradient of a slice is an array of the whole size, for each of several slices."""
+
+STRIDES_OVER_POINTS = _backend != "tensorflow"
+"""A 1×1 convolution may have strides; the gradient of TensorFlow's writes beyond its
+memory on CPUs (2.21 with oneDNN), which ends the process."""
+
+SHARES_MATRICES = _backend != "tensorflow"
+"""A product of stacks of matrices may have one right-hand side for several on the left;
+TensorFlow's writes beyond its memory on CPUs (2.21 with oneDNN)."""

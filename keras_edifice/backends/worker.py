@@ -5,6 +5,7 @@ standard output that begins with `MARK` is its reply, both in JSON.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ import keras
 from keras_edifice.backends import arrays
 from keras_edifice.backends.child import MARK
 from keras_edifice.backends.routes import write
+from keras_edifice.backends.running import let_go
 
 
 def export(model, format, exporter, path, definitions, **_):
@@ -42,6 +44,8 @@ JOBS = {"export": export, "run_saved_model": run_saved_model}
 def main():
     """Answers jobs until the input ends."""
     jobs, replies = _private_streams()
+    gc.collect()
+    gc.freeze()  # what was imported stays: `let_go` need not look through it
     for line in jobs:
         job = json.loads(line)
         sys.path += [place for place in job["sys_path"] if place not in sys.path]
@@ -52,7 +56,7 @@ def main():
             reply = {"error": f"{type(error).__name__}: {error}"}
         replies.write(f"\n{MARK}{json.dumps(reply)}\n")
         replies.flush()
-        keras.backend.clear_session(free_memory=False)
+        let_go()
 
 
 def _private_streams():

@@ -25,7 +25,7 @@ def measure(
     parts=PARTS,
     peers=False,
     progress=print,
-    least=0.5,
+    least=4.0,
 ):
     """Measures on the active backend.
 

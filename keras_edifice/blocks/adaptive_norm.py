@@ -8,9 +8,10 @@ residual block starts as the identity.
 """
 
 import keras
-from keras import layers, ops
+from keras import ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.layer_norm import LayerNorm
 
 
@@ -39,7 +40,7 @@ class AdaptiveNorm(Composite):
             name="norm",
         )
         self.norm.build(x_shape)
-        self.modulation = layers.Dense(
+        self.modulation = Dense(
             (3 if self.gate else 2) * x_shape[-1],
             kernel_initializer="zeros",
             dtype=self.dtype_policy,

@@ -1,4 +1,4 @@
-"""Batch normalisation of sequences that run step by step, too.
+"""Batch normalisation of images, and of sequences that run step by step.
 
     y = γ (x - μ) / sqrt(σ² + ε) + β
 
@@ -10,10 +10,12 @@ otherwise, which makes each step independent of the others.
 import keras
 from keras import layers
 
+from keras_edifice.backends.fused_layers import FusedBatchNorm
+
 
 @keras.saving.register_keras_serializable("keras_edifice")
-class BatchNorm(layers.BatchNormalization):
-    """(batch, time, channels), or one step of it, -> the same. Blind to masked steps.
+class BatchNorm(FusedBatchNorm, layers.BatchNormalization):
+    """(batch, ..., channels) -> the same. Blind to masked steps.
 
     Args:
         **kwargs: those of `keras.layers.BatchNormalization`.

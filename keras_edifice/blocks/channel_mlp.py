@@ -9,6 +9,7 @@ import keras
 from keras import layers
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.initializers import matrix_initializer, mlp_bias_initializer
 from keras_edifice.ops.gelu import gelu
 
@@ -37,7 +38,7 @@ class ChannelMLP(Composite):
         self.second.build((*input_shape[:-1], self.hidden_size))
 
     def _dense(self, units, name):
-        return layers.Dense(
+        return Dense(
             units,
             kernel_initializer=matrix_initializer(self.initializer),
             bias_initializer=mlp_bias_initializer(self.initializer),

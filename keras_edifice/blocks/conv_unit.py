@@ -3,6 +3,9 @@
 from keras import layers
 from keras.initializers import VarianceScaling
 
+from keras_edifice.blocks.batch_norm import BatchNorm
+from keras_edifice.blocks.convolution import Conv2D, DepthwiseConv2D
+
 
 def he_fan_out():
     """Normal with variance 2 / fan_out (He et al. 2015, arXiv:1502.01852, eq. 14).
@@ -57,10 +60,10 @@ def conv_unit(
     start = he_fan_out()
     if filters is None:
         options["depthwise_initializer"] = start
-        x = layers.DepthwiseConv2D(kernel_size, **options)(x)
+        x = DepthwiseConv2D(kernel_size, **options)(x)
     else:
-        x = layers.Conv2D(filters, kernel_size, kernel_initializer=start, **options)(x)
-    x = layers.BatchNormalization(
+        x = Conv2D(filters, kernel_size, kernel_initializer=start, **options)(x)
+    x = BatchNorm(
         momentum=momentum,
         epsilon=epsilon,
         gamma_initializer=gamma,

@@ -8,9 +8,10 @@ that of Alayrac et al. 2022, Flamingo, arXiv:2204.14198, and there only if asked
 """
 
 import keras
-from keras import layers, ops
+from keras import ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.rms_norm import RMSNorm
 from keras_edifice.ops.attention import sdpa
 
@@ -106,7 +107,7 @@ class CrossAttention(Composite):
 
     def _dense(self, name, units, use_bias):
         initializer = keras.initializers.get(self.kernel_initializer)
-        return layers.Dense(
+        return Dense(
             units,
             use_bias=use_bias,
             kernel_initializer=initializer.clone(),  # of another seed for each matrix

@@ -2,6 +2,7 @@
 
 from keras import layers
 
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.layer_norm import LayerNorm
 
 # Rectifiers pass about half of the variance on, which He's initialisation makes up for.
@@ -29,7 +30,7 @@ def dense_stack(
     """
     prefix = f"{name}_" if name else ""
     for i, size in enumerate(sizes):
-        h = layers.Dense(
+        h = Dense(
             size,
             kernel_initializer=kernel_initializer(activation),
             name=f"{prefix}dense_{i}",
@@ -41,7 +42,7 @@ def dense_stack(
             h = layers.Dropout(dropout, name=f"{prefix}dropout_{i}")(h)
         if residual:
             if x.shape[-1] != size:
-                x = layers.Dense(size, name=f"{prefix}shortcut_{i}")(x)
+                x = Dense(size, name=f"{prefix}shortcut_{i}")(x)
             h = layers.Add(name=f"{prefix}add_{i}")([x, h])
         x = h
     return x

@@ -12,6 +12,7 @@ import keras
 from keras import activations, layers, ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.ops.gelu import gelu
 
 
@@ -63,7 +64,7 @@ class FeedForward(Composite):
         self.width = self.hidden_size or self._default_width(features)
         self.drop = layers.Dropout(self.dropout, dtype=self.dtype_policy, name="drop")
         for name, units in self._matrices(features).items():
-            layer = layers.Dense(
+            layer = Dense(
                 units,
                 use_bias=self.use_bias,
                 kernel_initializer=self._start(name),

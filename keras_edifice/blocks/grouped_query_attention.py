@@ -9,10 +9,11 @@ arXiv:1911.02150; between, Ainslie et al. 2023, GQA, arXiv:2305.13245.
 """
 
 import keras
-from keras import layers, ops
+from keras import ops
 
 from keras_edifice.blocks.alibi import ALiBi, alibi_slopes
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.kv_cache import KVCache, ranks
 from keras_edifice.blocks.rms_norm import RMSNorm
 from keras_edifice.blocks.rotary_embedding import RotaryEmbedding
@@ -140,7 +141,7 @@ class GroupedQueryAttention(Composite):
 
     def _dense(self, name, units, use_bias, initializer=None):
         initializer = keras.initializers.get(initializer or self.kernel_initializer)
-        return layers.Dense(
+        return Dense(
             units,
             use_bias=use_bias,
             kernel_initializer=initializer.clone(),  # of another seed for each matrix

@@ -1,6 +1,6 @@
 """The head of a classifier."""
 
-from keras import layers
+from keras_edifice.blocks.dense import Dense
 
 
 def class_scores(
@@ -15,7 +15,7 @@ def class_scores(
 
     The scores stay float32 under mixed precision, where half precision costs accuracy.
     """
-    return layers.Dense(
+    return Dense(
         num_classes,
         activation=activation,
         use_bias=use_bias,

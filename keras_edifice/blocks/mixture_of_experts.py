@@ -10,9 +10,10 @@ for any length, at num_experts / k times the work.
 """
 
 import keras
-from keras import initializers, layers, ops
+from keras import initializers, ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.feed_forward import activation as activation_of
 from keras_edifice.ops.routing import (
     expert_dense,
@@ -70,7 +71,7 @@ class MixtureOfExperts(Composite):
     def build(self, input_shape):
         features, experts = input_shape[-1], self.num_experts
         width = self.hidden_size or 4 * features
-        self.router = layers.Dense(
+        self.router = Dense(
             experts,
             use_bias=False,
             kernel_initializer=self._start(),

@@ -11,10 +11,11 @@ import keras
 from keras import layers, ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.convolution import Conv2D
 from keras_edifice.blocks.initializers import matrix_initializer
 from keras_edifice.blocks.layer_norm import LayerNorm
 
-CONVOLUTIONS = {1: layers.Conv1D, 2: layers.Conv2D, 3: layers.Conv3D}
+CONVOLUTIONS = {1: layers.Conv1D, 2: Conv2D, 3: layers.Conv3D}
 
 
 @keras.saving.register_keras_serializable("keras_edifice")

@@ -11,6 +11,7 @@ import keras
 from keras import layers, ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.initializers import matrix_initializer
 from keras_edifice.ops.attention import sdpa
 
@@ -44,14 +45,14 @@ class SelfAttention(Composite):
                 f"the features must be a multiple of num_heads, received {features} "
                 f"and {self.num_heads}; change one of them"
             )
-        self.qkv = layers.Dense(
+        self.qkv = Dense(
             3 * features,
             use_bias=self.use_bias,
             kernel_initializer=matrix_initializer(self.initializer, parts=3),
             dtype=self.dtype_policy,
             name="qkv",
         )
-        self.out = layers.Dense(
+        self.out = Dense(
             features,
             kernel_initializer=matrix_initializer(self.initializer),
             dtype=self.dtype_policy,

@@ -12,6 +12,7 @@ the call) travels along, and the read-out leaves masked steps out.
 import keras
 from keras import Input, layers, ops
 
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.rms_norm import RMSNorm
 from keras_edifice.model import EdificeModel
 
@@ -68,7 +69,7 @@ def sequence_input(
     inputs = Input((window_size, embed_size), name="inputs")
     if hidden_size in (None, embed_size):
         return inputs, inputs
-    return inputs, layers.Dense(hidden_size, use_bias=False, name="embed")(inputs)
+    return inputs, Dense(hidden_size, use_bias=False, name="embed")(inputs)
 
 
 def residual(x, mixer, norm=RMSNorm, epsilon=1e-5, dropout=0.0):

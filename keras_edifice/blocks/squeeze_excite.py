@@ -8,10 +8,11 @@ gate a sigmoid; others take other activations.
 """
 
 import keras
-from keras import layers, ops
+from keras import ops
 
 from keras_edifice.blocks.composite import Composite
 from keras_edifice.blocks.conv_unit import he_fan_out
+from keras_edifice.blocks.dense import Dense
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
@@ -37,7 +38,7 @@ class SqueezeExcite(Composite):
         self.expand.build((None, self.squeezed_size))
 
     def _dense(self, units, activation, name):
-        return layers.Dense(
+        return Dense(
             units,
             activation=activation,
             kernel_initializer=he_fan_out(),

@@ -2,6 +2,7 @@
 
 from keras import layers
 
+from keras_edifice.blocks.convolution import Conv2D
 from keras_edifice.blocks.initializers import matrix_initializer
 
 
@@ -38,6 +39,4 @@ def patch_conv(x, filters, patch_size, strides, padding=0, *, name):
     if padding:
         x = layers.ZeroPadding2D(padding, name=f"{name}_pad")(x)
     start = matrix_initializer("truncated")
-    return layers.Conv2D(
-        filters, patch_size, strides, kernel_initializer=start, name=name
-    )(x)
+    return Conv2D(filters, patch_size, strides, kernel_initializer=start, name=name)(x)

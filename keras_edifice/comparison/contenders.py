@@ -49,12 +49,12 @@ COMPACT = {
         blocks=[[1, 3, 1, 32, 1], [4, 3, 1, 48, 1], [4, 3, 2, 64, 1]],
     ),
     "focalnet": dict(embed_size=32, depths=[1, 1]),
-    "mlp_mixer": dict(token_mlp_dim=32, channel_mlp_dim=128),
+    "mlp_mixer": dict(token_mlp_dim=32, channel_mlp_dim=256),
     "mobilenet": dict(blocks=[[64, 1], [128, 2], [128, 1]]),
     "poolformer": dict(depths=[1, 1], hidden_sizes=[32, 64], layer_scale=1.0),
     "resnet": dict(block_sizes=[1, 1, 1], hidden_size=16, stem="cifar"),
     "swin": dict(embed_size=32, depths=[2, 2], num_heads=[2, 4], window_size=2),
-    "vit": dict(patch_size=4),
+    "vit": dict(patch_size=4, pool="mean"),
 }
 """Architecture -> what it needs beside `SMALL` to train in seconds on small images."""
 

@@ -11,6 +11,7 @@ from typing import Literal
 import keras
 from keras import layers, ops
 
+from keras_edifice.blocks.convolution import Conv2D
 from keras_edifice.blocks.dense_stack import kernel_initializer
 from keras_edifice.blocks.global_pool import global_pool
 from keras_edifice.blocks.heads import class_scores
@@ -90,7 +91,7 @@ def _convolution(
     options |= dict(strides=strides, padding=padding, dilation_rate=dilation)
     options["name"] = f"{name}_conv"
     if groups == 1:
-        return layers.Conv2D(filters, kernel, **options)(x)
+        return Conv2D(filters, kernel, **options)(x)
     return GroupedConv2D(filters, kernel, groups=groups, **options)(x)
 
 

@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 from keras import layers
 
+from keras_edifice.blocks.batch_norm import BatchNorm
+from keras_edifice.blocks.convolution import Conv2D
 from keras_edifice.blocks.global_pool import global_pool
 from keras_edifice.blocks.heads import class_scores
 from keras_edifice.blocks.images import image_input, stage_maps
@@ -50,7 +52,7 @@ def _convolution(x, filters, kernel_size, strides=1, *, name):
     """Zeros are padded alike on both sides. The kernel starts as He et al. 2015."""
     if strides > 1:
         x = layers.ZeroPadding2D(kernel_size // 2, name=f"{name}_pad")(x)
-    return layers.Conv2D(
+    return Conv2D(
         filters,
         kernel_size,
         strides,
@@ -63,7 +65,7 @@ def _convolution(x, filters, kernel_size, strides=1, *, name):
 
 def _activated(x, name):
     """ReLU ∘ BN."""
-    x = layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=f"{name}_norm")(x)
+    x = BatchNorm(momentum=0.9, epsilon=1e-5, name=f"{name}_norm")(x)
     return layers.Activation("relu", name=f"{name}_relu")(x)
 
 

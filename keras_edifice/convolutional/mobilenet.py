@@ -15,6 +15,7 @@ from keras import layers
 from keras.initializers import RandomNormal
 
 from keras_edifice.blocks.conv_unit import conv_unit
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.global_pool import global_pool
 from keras_edifice.blocks.heads import class_scores
 from keras_edifice.blocks.images import image_input, stage_maps
@@ -157,7 +158,7 @@ def _last_hidden(x, version, width):
     """The hidden layer of V3's head; narrow networks keep its width."""
     if version not in _LAST_HIDDEN:
         return x
-    return layers.Dense(
+    return Dense(
         rounded_width(_LAST_HIDDEN[version] * max(1.0, width)),
         activation="hard_swish",
         kernel_initializer=RandomNormal(stddev=0.01),

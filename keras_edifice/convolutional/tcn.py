@@ -15,6 +15,7 @@ import keras
 from keras import initializers, layers, ops
 
 from keras_edifice.blocks.batch_norm import BatchNorm
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.heads import class_scores
 from keras_edifice.blocks.recurrence_initializers import fan_in_uniform
 from keras_edifice.blocks.sequence import read_out, sequence_input
@@ -96,7 +97,7 @@ def _block(x, filters, kernel_size, dilation, norm, activation, dropout, name):
         if dropout:
             y = layers.Dropout(dropout, name=f"{part}_dropout")(y)
     if x.shape[-1] != filters:
-        x = layers.Dense(
+        x = Dense(
             filters,
             kernel_initializer=initializers.RandomNormal(stddev=0.01),
             bias_initializer=_bias(x.shape[-1]),

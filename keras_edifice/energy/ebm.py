@@ -14,6 +14,8 @@ from typing import Literal
 import keras
 from keras import Input, layers, ops
 
+from keras_edifice.blocks.convolution import Conv2D
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.dense_stack import kernel_initializer
 from keras_edifice.model import EdificeModel
 from keras_edifice.ops.gradients import grad_sum
@@ -335,7 +337,7 @@ def _mlp(x, sizes, activation, dropout, spectral_norm):
 def _conv(filters, size, spectral_norm, bound=False, **options):
     """A convolution as released: normal kernel, near zero where the norm is bounded."""
     if not spectral_norm:
-        return layers.Conv2D(filters, size, padding="same", **options)
+        return Conv2D(filters, size, padding="same", **options)
     return SpectralConv2D(
         filters,
         size,
@@ -500,12 +502,12 @@ def ebm(
         x = _residual_network(
             x, hidden_sizes, activation, dropout, spectral_norm, num_classes
         )
-        energies = layers.Dense(1, dtype="float32", name="energies")(x)
+        energies = Dense(1, dtype="float32", name="energies")(x)
         if num_classes is not None:
             energies = ops.reshape(energies, (-1, num_classes))
     else:
         x = _mlp(x, hidden_sizes, activation, dropout, spectral_norm)
-        energies = layers.Dense(num_classes or 1, dtype="float32", name="energies")(x)
+        energies = Dense(num_classes or 1, dtype="float32", name="energies")(x)
     network = keras.Model(features, energies, name="network")
 
     inputs = Input(shape, name="inputs")

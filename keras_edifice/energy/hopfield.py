@@ -18,7 +18,9 @@ import keras
 import numpy as np
 from keras import Input, layers, ops
 
+from keras_edifice.backends.traits import SHARES_MATRICES
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.model import EdificeModel
 from keras_edifice.options import Count, Positive, Rate, Size
@@ -101,6 +103,13 @@ def _normal():
     return keras.initializers.RandomNormal(stddev=0.02)
 
 
+def _for_all(stored, state):
+    """Patterns (1 or b, ...) that are shared by the examples, once for each of them."""
+    if SHARES_MATRICES or stored.shape[0] != 1 or state.shape[0] == 1:
+        return stored
+    return ops.broadcast_to(stored, (ops.shape(state)[0], *ops.shape(stored)[1:]))
+
+
 @keras.saving.register_keras_serializable("keras_edifice")
 class Hopfield(Composite):
     """States (b, t, r), stored (b, s, y) -> (b, t, output_dim).
@@ -175,7 +184,7 @@ class Hopfield(Composite):
         self.drop = layers.Dropout(self.dropout, dtype=self.dtype_policy, name="drop")
 
     def _map(self, name, units, shape):
-        layer = layers.Dense(
+        layer = Dense(
             units,
             kernel_initializer=_normal(),
             dtype=self.dtype_policy,
@@ -198,8 +207,10 @@ class Hopfield(Composite):
         if self.normalize and not self.normalize_association:
             state = self.state_norm(state)
         state = self._split(self.state_map(state))  # (b, h, t, d)
-        stored = self._split(self.stored_map(stored))  # (b, h, s, d)
-        values = self._split(self.values_map(values))  # (b, h, s, d)
+        stored, values = (  # (b, h, s, d)
+            _for_all(self._split(y), state)
+            for y in (self.stored_map(stored), self.values_map(values))
+        )
         if self.normalize_association:
             state, stored = self.association_norm(state), self.association_norm(stored)
         if stored_mask is not None:

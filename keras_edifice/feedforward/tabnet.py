@@ -20,6 +20,7 @@ import numpy as np
 from keras import Input, layers, ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.heads import class_scores
 from keras_edifice.model import EdificeModel
 from keras_edifice.ops.special import entmax15, sparsemax
@@ -57,7 +58,7 @@ class RootFanIn(keras.initializers.Initializer):
 
 
 def _dense(units, scale, name, **kwargs):
-    return layers.Dense(
+    return Dense(
         units,
         use_bias=False,
         kernel_initializer=RootFanIn(scale),

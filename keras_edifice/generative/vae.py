@@ -11,6 +11,7 @@ from typing import Literal
 import keras
 from keras import Input, layers, ops
 
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.dense_stack import dense_stack, kernel_initializer
 from keras_edifice.model import EdificeModel
 from keras_edifice.options import Activation, Count, NonNegative, Positive, Size
@@ -233,7 +234,7 @@ def _encoder(shape, sizes, latent_size, activation):
             x = _convolution(layers.Conv2D, size, activation, name)(x)
         x = layers.Flatten(name="encoder_flatten")(x)
     mean, log_var = (
-        layers.Dense(latent_size, dtype="float32", name=f"encoder_{name}")(x)
+        Dense(latent_size, dtype="float32", name=f"encoder_{name}")(x)
         for name in ("mu", "log_var")
     )
     outputs = {"mu": mean, "log_var": ops.clip(log_var, -30.0, 20.0)}
@@ -244,12 +245,12 @@ def _decoder(latent_size, sizes, shape, activation):
     x = inputs = Input((latent_size,), name="z")
     if len(shape) == 1:
         x = dense_stack(x, sizes, activation, name="decoder")
-        x = layers.Dense(shape[0], dtype="float32", name="decoder_output")(x)
+        x = Dense(shape[0], dtype="float32", name="decoder_output")(x)
         return EdificeModel(inputs, x, name="decoder")
     side = shape[0] // 2 ** len(sizes)
     first, *rest = [*sizes, shape[-1]]
     act = activation if rest else None
-    x = layers.Dense(
+    x = Dense(
         side * side * first,
         activation=act,
         kernel_initializer=kernel_initializer(act),

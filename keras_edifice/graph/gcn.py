@@ -11,6 +11,7 @@ import keras
 from keras import layers, ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.graph_readout import (
     MaskNodes,
     graph_inputs,
@@ -111,7 +112,7 @@ class GraphConvolution(Composite):
         self.use_bias, self.l2 = use_bias, l2
 
     def build(self, nodes_shape):
-        self.transform = layers.Dense(
+        self.transform = Dense(
             self.units,
             use_bias=False,
             kernel_regularizer=keras.regularizers.L2(self.l2 / 2) if self.l2 else None,

@@ -21,6 +21,8 @@ import keras
 import numpy as np
 from keras import Input, layers, ops
 
+from keras_edifice.blocks import batch_norm, convolution
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.dense_stack import dense_stack
 from keras_edifice.blocks.heads import class_scores
 from keras_edifice.model import EdificeModel
@@ -40,6 +42,13 @@ WEIGHTED = layers.Dense, layers.Conv2D, layers.DepthwiseConv2D
 KEEPS_SCALE = layers.AveragePooling2D, layers.GlobalAveragePooling2D, layers.Flatten
 NORMALISING = layers.BatchNormalization, layers.Softmax
 OFF_AT_INFERENCE = layers.Dropout, layers.SpatialDropout2D, layers.Identity
+OURS = {
+    Dense: layers.Dense,
+    convolution.Conv2D: layers.Conv2D,
+    convolution.DepthwiseConv2D: layers.DepthwiseConv2D,
+    batch_norm.BatchNorm: layers.BatchNormalization,
+}
+"""The layers of this package that compute what one of Keras computes."""
 
 
 @dataclass(eq=False)
@@ -282,10 +291,14 @@ def _read(tensor, known):
     return known[id(tensor)]
 
 
+def _kind(layer):
+    return OURS.get(type(layer), type(layer))
+
+
 def _translate(layer, sources, shape):
     """The node of one layer, or its source where inference leaves nothing of it."""
     _check_layer(layer, len(shape))
-    kind, activation = type(layer), None
+    kind, activation = _kind(layer), None
     if kind in OFF_AT_INFERENCE:
         return sources[0]
     if kind in WEIGHTED:
@@ -329,7 +342,7 @@ def _check_layer(layer, rank):
         layers.Add,
     )
     reason = None
-    if type(layer) not in supported:
+    if _kind(layer) not in supported:
         reason = f"only {', '.join(kind.__name__ for kind in supported)} are converted"
     elif getattr(layer, "data_format", "channels_last") != "channels_last":
         reason = "channels must come last"
@@ -337,11 +350,11 @@ def _check_layer(layer, rank):
         reason = "its weights are quantised; convert the model before quantising it"
     elif getattr(layer, "groups", 1) != 1:
         reason = "grouped convolutions have no spiking form here"
-    elif type(layer) is layers.ReLU and (
+    elif _kind(layer) is layers.ReLU and (
         layer.max_value is not None or layer.negative_slope or layer.threshold
     ):
         reason = "max_value, negative_slope and threshold have no spiking form"
-    elif type(layer) in NORMALISING and layer.axis % rank != rank - 1:
+    elif _kind(layer) in NORMALISING and layer.axis % rank != rank - 1:
         reason = "the last axis must be the normalised one"
     if reason:
         raise ValueError(
@@ -396,7 +409,7 @@ def _times(node, kernel, before, after):
     """The kernel of a node times `before` per input and `after` per output channel."""
     inputs = np.broadcast_to(before, node.sources[0].shape[-1])
     outputs = np.broadcast_to(after, node.shape[-1])
-    if type(node.layer) is layers.DepthwiseConv2D:  # (h, w, inputs, multiplier)
+    if _kind(node.layer) is layers.DepthwiseConv2D:  # (h, w, inputs, multiplier)
         return kernel * inputs[:, None] * outputs.reshape(len(inputs), -1)
     return kernel * inputs[:, None] * outputs
 
@@ -766,16 +779,16 @@ def _reach(node, beyond, shape):
         return np.ones(shape) if node.kind == "relu" else beyond
     if node.kind == "scale":
         return beyond + 1.0
-    if type(node.layer) is layers.Dense:
+    if _kind(node.layer) is layers.Dense:
         return np.full(shape, float(node.shape[-1]))
-    if type(node.layer) is layers.Flatten:
+    if _kind(node.layer) is layers.Flatten:
         return beyond.reshape(shape)
-    if type(node.layer) is layers.GlobalAveragePooling2D:
+    if _kind(node.layer) is layers.GlobalAveragePooling2D:
         return beyond
     rows, columns = (_windows(node, shape, axis) for axis in (0, 1))
     if node.kind == "weighted":
         covered = rows.sum(0)[:, None, None] * columns.sum(0)[:, None]
-        depthwise = type(node.layer) is layers.DepthwiseConv2D
+        depthwise = _kind(node.layer) is layers.DepthwiseConv2D
         return covered * (
             node.layer.depth_multiplier if depthwise else node.layer.filters
         )
@@ -867,7 +880,7 @@ def ann2snn(
     """
     inputs = Input((input_size,), name="inputs")
     x = dense_stack(inputs, hidden_sizes, "relu")
-    x = layers.Dense(output_size, name="features")(x)
+    x = Dense(output_size, name="features")(x)
     if num_classes is not None:
         x = class_scores(x, num_classes, classifier_activation)
     return ANN2SNNModel(inputs, x, name="ann2snn")

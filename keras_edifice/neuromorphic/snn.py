@@ -15,6 +15,7 @@ import numpy as np
 from keras import Input, initializers, layers, ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.model import EdificeModel
 from keras_edifice.ops.spikes import spike
 from keras_edifice.ops.step_scan import step_scan
@@ -33,7 +34,7 @@ def spiking_dense(units, beta, threshold, name):
     at θ (1 - β): a neuron fires where its inputs add anything to that.
     """
     rest = threshold * (1.0 - beta) or threshold
-    return layers.Dense(
+    return Dense(
         units,
         kernel_initializer=initializers.VarianceScaling(2.0 * rest**2, "fan_in"),
         bias_initializer=initializers.Constant(rest),
@@ -135,7 +136,7 @@ class LIFSpike(LeakyIntegrator):
             initializer = initializers.Constant(self.threshold)
             self.level = self.add_weight((), initializer, name="threshold")
         if self.recurrent:
-            self.feedback = layers.Dense(
+            self.feedback = Dense(
                 self.units, use_bias=False, dtype=self.dtype_policy, name="feedback"
             )
             self.feedback.build((None, self.units))
@@ -385,7 +386,7 @@ def snn(
         x = (
             spiking_dense(size, beta, threshold, name)
             if spiking
-            else layers.Dense(size, name=name)
+            else Dense(size, name=name)
         )(x)
         if i == 0 and encoding == "constant":  # a repeated vector, repeated currents
             x = encode(x)

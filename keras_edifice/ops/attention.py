@@ -17,6 +17,8 @@ import keras
 import numpy as np
 from keras import backend, ops
 
+from keras_edifice.backends import fused_layers
+from keras_edifice.backends.running_torch import runs_now
 from keras_edifice.ops.masks import (
     additive,
     both,
@@ -216,15 +218,16 @@ def _fused(q, k, v, scale, bias=None, mask=None, causal=False):
     if backend.backend() == "torch":  # grouped heads would keep it from its kernel
         groups = q.shape[2] // k.shape[2]
         k, v = (ops.repeat(x, groups, axis=2) if groups > 1 else x for x in (k, v))
-    options = dict(mask=mask)
     if bias is not None:
         bias = ops.cast(bias, q.dtype)
         if mask is not None:
             bias = bias + additive(mask, q.dtype)
-        options = dict(bias=bias)
-    y = ops.dot_product_attention(q, k, v, scale=scale, is_causal=causal, **options)[
-        ..., :values
-    ]
+    if runs_now(q) and (mask is None or bias is not None):
+        y = fused_layers.attention(q, k, v, scale, bias, causal)
+    else:
+        options = dict(mask=mask) if bias is None else dict(bias=bias)
+        y = ops.dot_product_attention(q, k, v, scale=scale, is_causal=causal, **options)
+    y = y[..., :values]
     if mask is None:
         return y
     y = _zero_unless_seen(ops.transpose(y, (0, 2, 1, 3)), mask)

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import Input, layers, regularizers
 
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.dense_stack import kernel_initializer
 from keras_edifice.blocks.monte_carlo import MonteCarloModel
 from keras_edifice.options import Activation, Count, Positive, Rate, Size
@@ -171,7 +172,7 @@ def mc_dropout(
             seed=None if seed is None else seed + i,
             name=f"dropout_{i}",
         )(x)
-        x = layers.Dense(
+        x = Dense(
             units,
             activation,
             kernel_initializer=kernel_initializer(activation),

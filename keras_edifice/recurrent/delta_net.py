@@ -14,10 +14,11 @@ import math
 from typing import Literal
 
 import keras
-from keras import layers, ops
+from keras import ops
 
 from keras_edifice.blocks.causal_conv import CausalConv
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.feed_forward import GatedFFN
 from keras_edifice.blocks.gated_rms_norm import GatedRMSNorm
 from keras_edifice.blocks.rms_norm import RMSNorm
@@ -142,7 +143,7 @@ class DeltaNetLayer(Composite):
         self.o_proj = self._dense("o_proj", features, values)
 
     def _dense(self, name, units, inputs):
-        layer = layers.Dense(
+        layer = Dense(
             units,
             use_bias=False,
             kernel_initializer=keras.initializers.RandomNormal(stddev=0.02),

@@ -12,10 +12,11 @@ first; `min_lstm.py` is the same idea.
 from typing import Literal
 
 import keras
-from keras import layers, ops
+from keras import ops
 
 from keras_edifice.blocks.causal_conv import CausalConv
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.feed_forward import FeedForward
 from keras_edifice.blocks.recurrence_initializers import fan_in_uniform
 from keras_edifice.blocks.rms_norm import RMSNorm
@@ -64,7 +65,7 @@ class MinGRULayer(Composite):
             self.out = self._dense(self.width, features, "out")
 
     def _dense(self, inputs, units, name):
-        layer = layers.Dense(
+        layer = Dense(
             units,
             use_bias=False,
             kernel_initializer=fan_in_uniform(),

@@ -29,6 +29,7 @@ from keras import initializers, layers, ops
 
 from keras_edifice.blocks.causal_conv import CausalConv
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.feed_forward import activation as function_of
 from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.blocks.per_head_norm import PerHeadNorm
@@ -224,7 +225,7 @@ class SoftCap(layers.Layer):
 
 def dense(owner, name, units, inputs, initializer=None, bias_initializer=None):
     """A built Dense layer of another layer, from `small_init` if nothing is said."""
-    layer = layers.Dense(
+    layer = Dense(
         units,
         use_bias=bias_initializer is not None,
         kernel_initializer=initializer or small_init(inputs),

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.sequence import SequencePool
 from keras_edifice.model import EdificeModel
 from keras_edifice.ops.step_scan import step_scan
@@ -265,5 +266,5 @@ def reservoir(
         x = SequencePool("last", name="pool")(x)
     elif washout:
         x = layers.Cropping1D((washout, 0), name="washout")(x)
-    y = layers.Dense(output_size or reservoir_size, name="readout")(x)
+    y = Dense(output_size or reservoir_size, name="readout")(x)
     return ReservoirModel(inputs, y, name="reservoir")

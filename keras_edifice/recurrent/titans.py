@@ -21,11 +21,12 @@ comes from tokens up to i, so that the model can predict the next one.
 from typing import Literal
 
 import keras
-from keras import layers, ops, tree
+from keras import ops, tree
 
 from keras_edifice.backends.traits import COMPILES_LOOPS
 from keras_edifice.blocks.causal_conv import CausalConv
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.feed_forward import GatedFFN
 from keras_edifice.blocks.grouped_query_attention import GroupedQueryAttention
 from keras_edifice.blocks.kv_cache import KVCache
@@ -98,9 +99,7 @@ class NeuralMemory(Composite):
         policy = self.dtype_policy
         self.projections, self.convs = [], []
         for name in "qkv":
-            dense = layers.Dense(
-                width, use_bias=False, dtype=policy, name=f"{name}_proj"
-            )
+            dense = Dense(width, use_bias=False, dtype=policy, name=f"{name}_proj")
             dense.build(input_shape)
             self.projections.append(dense)
             if self.conv_size:
@@ -109,9 +108,7 @@ class NeuralMemory(Composite):
                 )
                 conv.build((None, None, width))
                 self.convs.append(conv)
-        self.o_proj = layers.Dense(
-            features, use_bias=False, dtype=policy, name="o_proj"
-        )
+        self.o_proj = Dense(features, use_bias=False, dtype=policy, name="o_proj")
         self.o_proj.build((None, None, width))
         # At the start θ is half of its largest, little is forgotten, S is halved.
         biases = {"theta": 0.0}

@@ -17,10 +17,11 @@ from typing import Literal
 
 import keras
 import numpy as np
-from keras import layers, ops, tree
+from keras import ops, tree
 
 from keras_edifice.blocks.causal_conv import CausalConv
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.feed_forward import GatedFFN
 from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.blocks.rms_norm import RMSNorm
@@ -204,7 +205,7 @@ class TTTLayer(Composite):
         return self.add_weight(shape, initializer, autocast=False, name=name)
 
     def _dense(self, name, features):
-        layer = layers.Dense(
+        layer = Dense(
             features,
             use_bias=False,
             kernel_initializer=normal(),

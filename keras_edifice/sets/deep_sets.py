@@ -13,6 +13,7 @@ from typing import Literal
 
 from keras import Input, layers, ops
 
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.set_pooling import SetPooling
 from keras_edifice.model import EdificeModel
 from keras_edifice.options import Activation, Count, Rate, Size
@@ -89,32 +90,32 @@ def deep_sets(
 
     def equivariant(x, units, name, **kwargs):
         pooling = SetPooling(equivariant_pool, keepdims=True, name=f"{name}_pool")
-        gamma = layers.Dense(units, name=f"{name}_gamma", **kwargs)
+        gamma = Dense(units, name=f"{name}_gamma", **kwargs)
         pooled = pooling(x, set_mask=set_mask)  # (batch, 1, features)
         if equivariant_kind == 1:
             return gamma(x - pooled)
-        own = layers.Dense(units, use_bias=False, name=f"{name}_lambda", **kwargs)
+        own = Dense(units, use_bias=False, name=f"{name}_lambda", **kwargs)
         return gamma(x) - own(pooled)
 
     x = elements
     for i, size in enumerate(phi_sizes):
-        x = layers.Dense(size, activation=activation, name=f"phi_{i}")(x)
+        x = Dense(size, activation=activation, name=f"phi_{i}")(x)
     for i in range(equivariant_layers):
         x = equivariant(x, hidden_dim, f"equivariant_{i}")
         x = layers.Activation(activation, name=f"equivariant_{i}_activation")(x)
     if not equivariant_layers:
-        x = layers.Dense(hidden_dim, name="phi")(x)
+        x = Dense(hidden_dim, name="phi")(x)
     if mode == "invariant":
         x = SetPooling(pool, name="pool")(x, set_mask=set_mask)
 
     for i, size in enumerate(rho_sizes):
         if dropout:
             x = layers.Dropout(dropout, name=f"dropout_{i}")(x)
-        x = layers.Dense(size, activation=activation, name=f"rho_{i}")(x)
+        x = Dense(size, activation=activation, name=f"rho_{i}")(x)
     if dropout:
         x = layers.Dropout(dropout, name="dropout")(x)
     if mode == "invariant":
-        x = layers.Dense(output_dim, dtype="float32", name="rho")(x)
+        x = Dense(output_dim, dtype="float32", name="rho")(x)
     else:
         x = equivariant(x, output_dim, "rho", dtype="float32")
         if use_mask:

@@ -16,6 +16,7 @@ import keras
 from keras import layers, ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.feed_forward import FeedForward
 from keras_edifice.blocks.recurrence_initializers import fan_in_uniform
 from keras_edifice.blocks.rms_norm import RMSNorm
@@ -112,7 +113,7 @@ class BiMambaBlock(Composite):
             core.build((None, None, 2 * width))
 
     def _dense(self, name, units, inputs, depth=1):
-        layer = layers.Dense(
+        layer = Dense(
             units,
             use_bias=self.use_bias,
             kernel_initializer=fan_in_uniform(depth),

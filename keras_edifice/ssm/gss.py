@@ -11,9 +11,10 @@ start standard normal: the paper's point is that no other start is needed.
 from typing import Literal
 
 import keras
-from keras import initializers, layers, ops
+from keras import initializers, ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.grouped_query_attention import GroupedQueryAttention
 from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.blocks.recurrence_initializers import fan_in_uniform
@@ -83,7 +84,7 @@ class GSSLayer(Composite):
             setattr(self, name, weight)
 
     def _dense(self, name, units, inputs, use_bias=False):
-        layer = layers.Dense(
+        layer = Dense(
             units,
             use_bias=use_bias,
             kernel_initializer=fan_in_uniform(),

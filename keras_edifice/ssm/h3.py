@@ -14,10 +14,11 @@ from typing import Literal
 
 import keras
 import numpy as np
-from keras import initializers, layers, ops
+from keras import initializers, ops
 
 from keras_edifice.blocks.causal_conv import CausalConv
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.feed_forward import FeedForward
 from keras_edifice.blocks.grouped_query_attention import GroupedQueryAttention
 from keras_edifice.blocks.layer_norm import LayerNorm
@@ -159,7 +160,7 @@ class H3Layer(Composite):
             )
         self.heads = features // self.head_dim
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            dense = layers.Dense(
+            dense = Dense(
                 features,
                 kernel_initializer=fan_in_uniform(
                     self.depth if name == "out_proj" else 1

@@ -19,6 +19,7 @@ from keras import initializers, layers, ops
 
 from keras_edifice.blocks.causal_conv import CausalConv
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.blocks.recurrence_initializers import fan_in_uniform
 from keras_edifice.blocks.sequence import residual, sequence_input, sequence_model
@@ -201,7 +202,7 @@ class HyenaOperator(Composite):
 
     def _dense(self, name, units, inputs):
         bound = inputs**-0.5
-        layer = layers.Dense(
+        layer = Dense(
             units,
             kernel_initializer=fan_in_uniform(),
             bias_initializer=initializers.RandomUniform(-bound, bound),

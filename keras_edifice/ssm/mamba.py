@@ -12,10 +12,11 @@ import math
 from typing import Literal
 
 import keras
-from keras import initializers, layers, ops
+from keras import initializers, ops
 
 from keras_edifice.blocks.causal_conv import CausalConv
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.recurrence_initializers import (
     fan_in_uniform,
     step_size_bias,
@@ -111,7 +112,7 @@ class MambaBlock(Composite):
         self.out_proj = self._dense("out_proj", features, width, start, self.use_bias)
 
     def _dense(self, name, units, inputs, initializer=None, use_bias=False):
-        layer = layers.Dense(
+        layer = Dense(
             units,
             use_bias=use_bias,
             kernel_initializer=initializer or fan_in_uniform(),

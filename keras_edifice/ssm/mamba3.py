@@ -18,9 +18,10 @@ from typing import Literal
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.feed_forward import GatedFFN
 from keras_edifice.blocks.gated_rms_norm import GatedRMSNorm
 from keras_edifice.blocks.recurrence_initializers import fan_in_uniform, step_size_bias
@@ -159,7 +160,7 @@ class Mamba3Block(Composite):
         self.parts = [width, width, keys, keys, heads, heads, heads, self.pairs]
 
         def dense(units, name, inputs, initializer):
-            layer = layers.Dense(
+            layer = Dense(
                 units,
                 use_bias=False,
                 kernel_initializer=initializer,

@@ -11,10 +11,11 @@ values of `ops/linear_attention.py`. Read `mamba.py` first.
 from typing import Literal
 
 import keras
-from keras import layers, ops
+from keras import ops
 
 from keras_edifice.blocks.causal_conv import CausalConv
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.gated_rms_norm import GatedRMSNorm
 from keras_edifice.blocks.recurrence_initializers import (
     fan_in_uniform,
@@ -111,7 +112,7 @@ class Mamba2Block(Composite):
         self.convolved = width + 2 * self.num_groups * self.state_size
 
         def dense(units, name, inputs, initializer):
-            layer = layers.Dense(
+            layer = Dense(
                 units,
                 use_bias=False,
                 kernel_initializer=initializer,

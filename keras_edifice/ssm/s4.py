@@ -17,6 +17,7 @@ import numpy as np
 from keras import initializers, layers, ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.feed_forward import FeedForward
 from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.blocks.post_norm import post_norm_residual
@@ -106,7 +107,7 @@ class S4Layer(Composite):
         self.features = features = input_shape[-1]
         self._build_systems(features)
         self.drop = layers.Dropout(self.dropout, dtype=self.dtype_policy, name="drop")
-        self.out_proj = layers.Dense(
+        self.out_proj = Dense(
             2 * features,
             kernel_initializer=fan_in_uniform(),
             dtype=self.dtype_policy,

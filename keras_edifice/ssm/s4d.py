@@ -16,6 +16,7 @@ import numpy as np
 from keras import initializers, layers, ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.feed_forward import FeedForward
 from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.blocks.post_norm import post_norm_residual
@@ -116,7 +117,7 @@ class S4DLayer(Composite):
         self._build_systems(features)
         self._build_readout((features, self.state_size // 2))
         self.drop = layers.Dropout(self.dropout, dtype=self.dtype_policy, name="drop")
-        self.out_proj = layers.Dense(
+        self.out_proj = Dense(
             2 * features,
             kernel_initializer=fan_in_uniform(),
             dtype=self.dtype_policy,

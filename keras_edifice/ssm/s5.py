@@ -15,7 +15,9 @@ import keras
 import numpy as np
 from keras import initializers, layers, ops
 
+from keras_edifice.blocks.batch_norm import BatchNorm
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.feed_forward import FeedForward
 from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.blocks.post_norm import post_norm_residual
@@ -44,23 +46,8 @@ def _truncated_normal(rng, shape, stddev):
     return stddev / 0.87962566103423978 * z
 
 
-@keras.saving.register_keras_serializable("keras_edifice")
-class StepBatchNorm(layers.BatchNormalization):
-    """(..., features) -> the same. Normalised over all examples and steps.
-
-    Args:
-        epsilon: added to the variance.
-        momentum: of the averages that inference takes.
-    """
-
-    per_step = True
-
-    def __init__(self, epsilon=1e-5, momentum=0.95, **kwargs):
-        super().__init__(epsilon=epsilon, momentum=momentum, **kwargs)
-
-    def build(self, input_shape):
-        super().build(input_shape)
-        self.input_spec = None  # a single step has one axis less
+def _batch_norm(epsilon=1e-5, **kwargs):
+    return BatchNorm(epsilon=epsilon, momentum=0.95, **kwargs)
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
@@ -138,7 +125,7 @@ class S5Layer(Composite):
         self.drop = layers.Dropout(self.dropout, dtype=self.dtype_policy, name="drop")
         gates = {"gelu": [], "full_glu": ["gate", "value"]}
         for name in gates.get(self.activation, ["gate"]):
-            dense = layers.Dense(
+            dense = Dense(
                 features,
                 kernel_initializer=fan_in_uniform(),
                 dtype=self.dtype_policy,
@@ -328,7 +315,7 @@ def s5(
     inputs, x = sequence_input(
         window_size, embed_size, hidden_size, vocab_size, tie_embeddings, bidirectional
     )
-    normalise = {"layer": LayerNorm, "batch": StepBatchNorm}[norm]
+    normalise = {"layer": LayerNorm, "batch": _batch_norm}[norm]
     add = residual if prenorm else post_norm_residual
     for i in range(num_layers):
         mixers = [

@@ -13,10 +13,11 @@ import math
 from typing import Literal
 
 import keras
-from keras import initializers, layers, ops
+from keras import initializers, ops
 
 from keras_edifice.blocks.causal_conv import CausalConv
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.feed_forward import GatedFFN
 from keras_edifice.blocks.grouped_query_attention import GroupedQueryAttention
 from keras_edifice.blocks.recurrence_initializers import fan_in_uniform, step_size_bias
@@ -95,7 +96,7 @@ class ModalHyena(Composite):
             setattr(self, name, weight)
 
     def _dense(self, name, units, inputs):
-        layer = layers.Dense(
+        layer = Dense(
             units,
             kernel_initializer=fan_in_uniform(),
             dtype=self.dtype_policy,

@@ -16,6 +16,7 @@ import keras
 from keras import initializers, layers, ops
 
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.grouped_query_attention import GroupedQueryAttention
 from keras_edifice.blocks.recurrence_initializers import fan_in_uniform
 from keras_edifice.blocks.rms_norm import RMSNorm
@@ -31,7 +32,7 @@ from keras_edifice.ssm.mamba_ssd import Mamba2Block
 
 def _dense(units, name):
     start = initializers.RandomNormal(stddev=0.02)
-    return layers.Dense(units, use_bias=False, kernel_initializer=start, name=name)
+    return Dense(units, use_bias=False, kernel_initializer=start, name=name)
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
@@ -178,7 +179,7 @@ class MultiHeadMamba(Composite):
             head.build((None, None, 2 * width // self.num_heads))
 
     def _dense(self, name, units, initializer):
-        return layers.Dense(
+        return Dense(
             units,
             use_bias=False,
             kernel_initializer=initializer,

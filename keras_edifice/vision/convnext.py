@@ -11,6 +11,7 @@ from typing import Literal
 from keras import layers
 
 from keras_edifice.blocks.channel_mlp import ChannelMLP
+from keras_edifice.blocks.convolution import DepthwiseConv2D
 from keras_edifice.blocks.drop_path import DropPath, drop_path_rates
 from keras_edifice.blocks.global_pool import global_pool
 from keras_edifice.blocks.heads import class_scores
@@ -43,7 +44,7 @@ _VARIANTS = {  # section 3; dropped branches as in table 5, XL as on ImageNet-22
 
 def _block(x, kernel_size, layer_scale, drop_path, name):
     """The module's equation. (b, h, w, c) -> the same."""
-    y = layers.DepthwiseConv2D(
+    y = DepthwiseConv2D(
         kernel_size,
         padding="same",
         depthwise_initializer=matrix_initializer("truncated"),

@@ -15,6 +15,8 @@ from keras import layers, ops
 
 from keras_edifice.blocks.channel_mlp import ChannelMLP
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.convolution import DepthwiseConv2D
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.drop_path import DropPath, drop_path_rates
 from keras_edifice.blocks.global_pool import global_pool
 from keras_edifice.blocks.heads import class_scores
@@ -72,7 +74,7 @@ class FocalModulation(Composite):
             2 * features + self.focal_levels + 1, "projection"
         )
         self.contexts = [
-            layers.DepthwiseConv2D(
+            DepthwiseConv2D(
                 side,
                 padding="same",
                 use_bias=False,
@@ -92,7 +94,7 @@ class FocalModulation(Composite):
 
     def _dense(self, units, name):
         start = matrix_initializer("truncated")
-        return layers.Dense(
+        return Dense(
             units, kernel_initializer=start, dtype=self.dtype_policy, name=name
         )
 

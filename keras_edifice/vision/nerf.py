@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.model import EdificeModel
 from keras_edifice.options import Count, NonNegative, Positive, Size
 from keras_edifice.registry import architecture
@@ -244,17 +245,15 @@ def _field(x, views, hidden_size, num_layers, skip_layer, name):
     """
     h = x
     for i in range(num_layers):
-        h = layers.Dense(hidden_size, activation="relu", name=f"{name}_layer{i}")(h)
+        h = Dense(hidden_size, activation="relu", name=f"{name}_layer{i}")(h)
         if i == skip_layer:
             h = layers.Concatenate(name=f"{name}_skip")([x, h])
-    density = layers.Dense(1, name=f"{name}_density")(h)
+    density = Dense(1, name=f"{name}_density")(h)
     if views is not None:
-        h = layers.Dense(hidden_size, name=f"{name}_feature")(h)
+        h = Dense(hidden_size, name=f"{name}_feature")(h)
         h = layers.Concatenate(name=f"{name}_with_view")([h, views])
-        h = layers.Dense(
-            (hidden_size + 1) // 2, activation="relu", name=f"{name}_view"
-        )(h)
-    return layers.Dense(3, name=f"{name}_colour")(h), density
+        h = Dense((hidden_size + 1) // 2, activation="relu", name=f"{name}_view")(h)
+    return Dense(3, name=f"{name}_colour")(h), density
 
 
 def _activated(colours, densities):

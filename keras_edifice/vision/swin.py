@@ -14,6 +14,7 @@ from keras import layers, ops
 
 from keras_edifice.blocks.channel_mlp import ChannelMLP
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.drop_path import drop_path_rates
 from keras_edifice.blocks.global_pool import global_pool
 from keras_edifice.blocks.heads import class_scores
@@ -113,7 +114,7 @@ class PatchMerging(Composite):
     def build(self, input_shape):
         features = input_shape[-1]
         self.norm = LayerNorm(dtype=self.dtype_policy, name="norm")
-        self.reduction = layers.Dense(
+        self.reduction = Dense(
             2 * features,
             use_bias=False,
             kernel_initializer=matrix_initializer("truncated"),

@@ -13,7 +13,9 @@ import keras
 from keras import layers, ops
 from keras.initializers import RandomNormal
 
+from keras_edifice.blocks.batch_norm import BatchNorm
 from keras_edifice.blocks.composite import Composite
+from keras_edifice.blocks.convolution import Conv2D
 from keras_edifice.blocks.images import image_input
 from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.blocks.max_pooling import MaxPooling
@@ -57,7 +59,7 @@ def _start(incoming):
 def _convolutions(x, filters, padding, norm, name):
     """C of the module's equation: two 3×3 convolutions, each with norm and ReLU."""
     for i in (1, 2):
-        x = layers.Conv2D(
+        x = Conv2D(
             filters,
             3,
             padding=padding,
@@ -66,9 +68,7 @@ def _convolutions(x, filters, padding, norm, name):
             name=f"{name}_conv{i}",
         )(x)
         if norm == "batch":
-            x = layers.BatchNormalization(
-                momentum=0.9, epsilon=1e-5, name=f"{name}_norm{i}"
-            )(x)
+            x = BatchNorm(momentum=0.9, epsilon=1e-5, name=f"{name}_norm{i}")(x)
         x = layers.Activation("relu", name=f"{name}_relu{i}")(x)
     return x
 
@@ -82,7 +82,7 @@ def _up(x, filters, kind, name):
         )(x)
     x = layers.UpSampling2D(2, name=f"{name}_repeat")(x)
     start = _start(4 * channels)
-    return layers.Conv2D(
+    return Conv2D(
         filters, 2, padding="same", kernel_initializer=start, name=f"{name}_up"
     )(x)
 
@@ -205,7 +205,7 @@ def unet(
         x = layers.Concatenate(name=f"{name}_concatenate")([skip, x])
         x = _convolutions(x, filters, padding, norm, name)
     start = _start(base_features)
-    x = layers.Conv2D(
+    x = Conv2D(
         out_channels, 1, kernel_initializer=start, dtype="float32", name="logits"
     )(x)
     return EdificeModel(inputs, x, name="unet")

@@ -12,6 +12,7 @@ from typing import Literal
 from keras import layers
 
 from keras_edifice.blocks.class_token import ClassToken
+from keras_edifice.blocks.dense import Dense
 from keras_edifice.blocks.encoder import encoder
 from keras_edifice.blocks.heads import class_scores
 from keras_edifice.blocks.images import image_input, stage_maps
@@ -50,7 +51,7 @@ def _summary(tokens, pool, representation_size):
     else:
         x = layers.GlobalAveragePooling1D(name="pool")(tokens[:, 1:])
     if representation_size is not None:
-        x = layers.Dense(representation_size, activation="tanh", name="pre_logits")(x)
+        x = Dense(representation_size, activation="tanh", name="pre_logits")(x)
     return x
 
 

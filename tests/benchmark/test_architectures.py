@@ -76,7 +76,7 @@ def test_unknown_parts_are_refused():
 
 def test_command_takes_names_and_options(tmp_path):
     command = ["bench", "min_gru", "num_layers=1", "--lengths", "4,8", "--width", "8"]
-    command += ["--batch", "1", "--parts", "forward"]
+    command += ["--batch", "1", "--parts", "forward", "--seconds", "0"]
     command += ["--backend", keras.backend.backend()]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output

@@ -1,9 +1,12 @@
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 from keras_edifice.blocks.batch_norm import BatchNorm
 from tests.support.close import assert_close, to_numpy
+from tests.support.gradients import gradients
+from tests.support.numerical import numerical_gradient
 
 rng = np.random.default_rng(0)
 
@@ -25,9 +28,46 @@ def test_equals_the_layer_of_keras():
     theirs.build(x.shape)
     theirs.set_weights(ours.get_weights())
     for training in (False, True):
-        assert_close(ours(x, training=training), theirs(x, training=training), 0)
+        assert_close(ours(x, training=training), theirs(x, training=training))
     for own, other in zip(ours.get_weights(), theirs.get_weights(), strict=True):
-        assert_close(own, other, 0)
+        assert_close(own, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": False}, {"center": False}], ids=str)
+def test_images_are_normalised_by_the_equation_with_its_gradient(options):
+    layer = BatchNorm(epsilon=1e-2, **options)
+    layer.build((None, None, None, 3))
+    scales = rng.uniform(0.5, 1.5, (len(layer.trainable_weights), 3))
+    layer.set_weights([*scales, np.zeros(3), np.ones(3)])
+    x = rng.normal(2.0, 3.0, size=(4, 3, 2, 3))
+    gamma = scales[0] if options.get("scale", True) else 1.0
+    beta = scales[-1] if options.get("center", True) else 0.0
+
+    def normalised(x):
+        mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        return (x - mean) / np.sqrt(variance + 1e-2) * gamma + beta
+
+    single = x.astype("float32")
+    assert_close(layer(single, training=True), normalised(x))
+    weight = rng.normal(size=x.shape)
+    _, found = gradients(
+        layer,
+        single,
+        lambda y: ops.sum(ops.square(y) * ops.cast(weight, "float32")),
+        training=True,
+    )
+    expected = numerical_gradient(lambda x: (normalised(x) ** 2 * weight).sum(), x)
+    assert_close(found, expected, 1e-4)
+
+
+def test_a_frozen_layer_keeps_its_averages():
+    layer = built()
+    layer.trainable = False
+    before = layer.get_weights()
+    x = inputs()
+    assert_close(layer(x, training=True), layer(x, training=False), 0)
+    for old, new in zip(before, layer.get_weights(), strict=True):
+        assert_close(old, new, 0)
 
 
 def test_one_step_by_itself_is_that_of_the_sequence():

@@ -161,7 +161,7 @@ def test_groups_get_gradients_on_every_backend():
 
 def test_plain_convolutions_are_those_of_keras():
     kinds = {type(z) for z in model().layers if "conv" in z.name}
-    assert kinds == {keras.layers.Conv2D}
+    assert all(issubclass(kind, keras.layers.Conv2D) for kind in kinds)
 
 
 def test_shifted_image_gives_the_shifted_map_away_from_the_borders():

@@ -207,3 +207,13 @@ def test_channels_first_is_refused():
             small()
     finally:
         keras.config.set_image_data_format("channels_last")
+
+
+def test_step_by_step_training_survives_strided_shortcuts():
+    model = small(
+        hidden_size=8, block_type="basic", block_sizes=[1, 1, 1], stem="cifar"
+    )
+    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=False)
+    x, y = images(48, 96), rng.integers(3, size=96)
+    losses = model.fit(x, y, epochs=2, verbose=0).history["loss"]
+    assert np.isfinite(losses).all()

@@ -370,3 +370,21 @@ def test_default_options_learn_two_features():
     logs = model.fit(x[:300], y[:300], batch_size=32, epochs=15, verbose=0).history
     assert logs["accuracy"][-1] > 0.9
     assert model.evaluate(x[300:], y[300:], verbose=0)[1] > 0.9
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="a matrix that examples share ends the process on TensorFlow alone",
+)
+def test_examples_do_not_share_a_right_hand_side():
+    import tensorflow as tf
+
+    layer = HopfieldLayer(4, hidden_dim=6, num_heads=2)
+    x = rng.normal(size=(3, 2, 5)).astype("float32")
+    layer(x)
+    graph = tf.function(layer).get_concrete_function(tf.constant(x)).graph
+    products = [op for op in graph.get_operations() if "BatchMatMul" in op.type]
+    assert products
+    for product in products:
+        left, right = (y.shape[:-2] for y in product.inputs)
+        assert left == right
