@@ -195,6 +195,26 @@ def compared(rows):
     return "\n".join(lines) + "\n"
 
 
+def per_token(rows):
+    """Microseconds of a token by length, and those of the longest by the shortest."""
+    rows = [Row(**row) for row in rows]
+    lengths = sorted({row.length for row in rows})
+    head = "".join(f" {n} |" for n in lengths) + f" {lengths[-1]} / {lengths[0]} |"
+    lines = [
+        f"| architecture | part | implementation |{head}",
+        "|---|---|---|" + "---|" * (len(lengths) + 1),
+    ]
+    for key in dict.fromkeys((r.name, r.part, r.implementation) for r in rows):
+        own = {r.length: r for r in rows if (r.name, r.part, r.implementation) == key}
+        tokens = [1 if key[1] == "streaming step" else n for n in lengths]
+        times = [
+            1000.0 * own[n].fastest / m for n, m in zip(lengths, tokens, strict=True)
+        ]
+        cells = [*key, *map(_digits, times), f"{times[-1] / times[0]:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _digits(x):
     """At least three digits; nothing for None."""
     if x is None:
@@ -216,6 +236,8 @@ def documents():
         ("operations", "performance.json", operations),
         ("growth", "growth.json", functools.partial(operations, memory=False)),
         ("architectures", "architectures.json", compared),
+        ("images", "images.json", compared),
+        ("tokens", "tokens.json", per_token),
     ):
         measured = json.loads((guides / file).read_text())
         parts.append((guides / "performance.md", mark, table(measured)))
