@@ -79,14 +79,14 @@ def main():
     parser.add_argument("--size", type=int, default=500, help="of the reservoir")
     parser.add_argument("--training", type=int, default=4000, help="steps")
     parser.add_argument("--starts", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=500, help="of each forecast")
+    parser.add_argument("--horizon", type=int, default=500, help="of each forecast")
     parser.add_argument("--chart", default="mackey_glass.svg")
     arguments = parser.parse_args()
-    if arguments.steps < LYAPUNOV_TIME:
-        parser.error(f"--steps must be at least {LYAPUNOV_TIME}")
+    if arguments.horizon < LYAPUNOV_TIME:
+        parser.error(f"--horizon must be at least {LYAPUNOV_TIME}")
 
     keras.utils.set_random_seed(0)
-    apart, steps = 100, arguments.steps
+    apart, steps = 100, arguments.horizon
     length = arguments.training + WASHOUT + apart * arguments.starts + steps
     series = mackey_glass(length).astype("float32")
     model = trained(series[: arguments.training], arguments.size)

@@ -1,14 +1,34 @@
 """Seeds every test and prints the conformance matrix, architecture by check."""
 
 import gc
+import os
 import re
 
 import keras
 import numpy as np
 import pytest
 
+from keras_edifice.backends.running import let_go
+
 CONFORMANCE = re.compile(r"test_conformance\.py::test_(\w+)\[(?:\w+-)?(\w+)\]")
 MARKS = {"passed": "+", "failed": "FAIL", "skipped": "skip", "error": "FAIL"}
+
+
+def start_jax():
+    """Has JAX compile in half the time: without XLA's emitters of fused kernels.
+
+    Other processes keep them: TensorFlow would need gigabytes for mamba's scan.
+    """
+    import jax
+
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+    jax.devices()  # reads the flags
+    os.environ["XLA_FLAGS"] = flags
+
+
+if keras.backend.backend() == "jax":
+    start_jax()
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +47,34 @@ def pytest_collection_modifyitems(items):
         return found[2] if found else ""
 
     items.sort(key=architecture)
+
+
+def unit(nodeid):
+    """Tests of one unit share what they build and compile, on one worker."""
+    found = CONFORMANCE.search(nodeid)
+    if found:
+        return found[2]
+    return nodeid if "test_examples.py" in nodeid else nodeid.split("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Sends a unit to a worker whole."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByUnit(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return unit(nodeid)
+
+    return ByUnit(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """After a unit its models and what was compiled for them are let go."""
+    if nextitem is not None and unit(item.nodeid) == unit(nextitem.nodeid):
+        return
+    let_go()
 
 
 def pytest_collection_finish():

@@ -17,13 +17,9 @@ EXPORT_LIMIT = 1e-4
 
 
 def for_each(but=(), **facets):
-    """Runs a test for each architecture of these facets, each on one worker."""
+    """Runs a test for each architecture of these facets."""
     names = keras_edifice.list_architectures(**facets)
-    names = [name for name in names if name not in but]
-    group = pytest.mark.xdist_group
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=group(name)) for name in names]
-    )
+    return pytest.mark.parametrize("name", [name for name in names if name not in but])
 
 
 every_architecture = for_each()
@@ -74,6 +70,7 @@ def targets(model, batch_size, seed=2):
 def compiled(model, optimizer, **options):
     loss = None if has_objective(model) else "mean_squared_error"
     model.compile(optimizer, loss=loss, **options)
+    optimizer.build(model.trainable_variables)  # TensorFlow traces twice else
     return model
 
 
@@ -125,7 +122,8 @@ def test_other_batch_sizes(name):
     first = keras.tree.map_structure(lambda a: a[:1], sample_inputs(model))
     outputs = flat(model.predict(first, verbose=0))
     for part, all_rows in zip(outputs, shared_outputs(name), strict=True):
-        assert_close(part, all_rows[:1], 1e-5)
+        # relative to the largest: a convolution sums in an order that suits the batch
+        assert difference(part, all_rows[:1]) <= 1e-5
 
 
 @every_architecture
@@ -151,17 +149,30 @@ def test_same_seed_gives_the_same_weights(name):
         assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@functools.lru_cache(maxsize=1)
+def shared_training(name):
+    """A new model whose step of training is compiled once for the checks below."""
+    model = new_model(name)
+    # TensorFlow compiles by XLA on accelerators alone; ask for it here as well.
+    return compiled(model, keras.optimizers.Adam(1e-2), jit_compile=BACKEND != "torch")
+
+
+def from_the_start(model, weights):
+    """The model with these weights and an optimizer that has seen nothing."""
+    model.set_weights(weights)
+    for state in model.optimizer.variables:
+        if state is not model.optimizer.learning_rate:
+            state.assign(np.zeros(state.shape))
+    return model
+
+
 @every_architecture
 def test_every_weight_gets_a_gradient(name):
-    model = shake(new_model(name))
-    # One step of plain gradient descent moves a weight by its gradient. The step is
-    # long so that small gradients are not lost beside the weight.
-    step = 1e3
-    compiled(model, keras.optimizers.SGD(step), run_eagerly=BACKEND == "tensorflow")
-    before = [to_numpy(w) for w in model.trainable_variables]
-    model.fit(**training_data(model), batch_size=4, verbose=0)
-    for weight, old in zip(model.trainable_variables, before, strict=True):
-        gradient = (old - to_numpy(weight)) / step
+    model = from_the_start(shared_training(name), shared_model(name).get_weights())
+    model.fit(**training_data(model, 8), batch_size=8, verbose=0)
+    # After one step the momentum of Adam is the gradient times 1 - beta_1.
+    states = [to_numpy(v) for v in model.optimizer.variables if "momentum" in v.name]
+    for weight, gradient in zip(model.trainable_variables, states, strict=True):
         assert np.isfinite(gradient).all(), f"{weight.path}: not finite"
         assert np.any(gradient != 0), f"{weight.path}: no gradient"
 
@@ -172,9 +183,7 @@ def loss_of(evaluated):
 
 @every_architecture
 def test_fit_lowers_the_loss(name):
-    model = new_model(name)
-    # TensorFlow compiles by XLA on accelerators alone; ask for it here as well.
-    compiled(model, keras.optimizers.Adam(1e-2), jit_compile=BACKEND != "torch")
+    model = from_the_start(shared_training(name), new_model(name).get_weights())
     data = training_data(model, 8)
     before = loss_of(model.evaluate(**data, batch_size=8, verbose=0))
     history = model.fit(**data, batch_size=8, epochs=12, shuffle=False, verbose=0)
@@ -199,12 +208,12 @@ def test_saves_and_loads(name, tmp_path):
 
 
 @every_architecture
-def test_int8_weights_survive_saving(name, tmp_path):
+def test_int8_weights_survive_saving(name, tmp_path, monkeypatch):
     model, path = shake(new_model(name)), tmp_path / "model.keras"
-    gc.collect()
-    gc.freeze()  # Keras collects garbage for every layer that it quantises
     try:
-        model.quantize("int8")
+        with monkeypatch.context() as without:  # Keras collects garbage for every layer
+            without.setattr(gc, "collect", lambda *_: 0)
+            model.quantize("int8")
     except ValueError as error:  # Keras has no int8 form of any layer of this model
         pytest.skip(f"{name} has nothing to quantise: {error}")
     outputs = flat(model.predict(sample_inputs(model), verbose=0))
