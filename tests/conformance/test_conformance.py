@@ -157,9 +157,10 @@ def shared_training(name):
     return compiled(model, keras.optimizers.Adam(1e-2), jit_compile=BACKEND != "torch")
 
 
-def from_the_start(model, weights):
-    """The model with these weights and an optimizer that has seen nothing."""
-    model.set_weights(weights)
+def from_the_start(model, start):
+    """The model with the weights and seeds of `start`, its optimizer as if new."""
+    for variable, first in zip(model.variables, start.variables, strict=True):
+        variable.assign(to_numpy(first))
     for state in model.optimizer.variables:
         if state is not model.optimizer.learning_rate:
             state.assign(np.zeros(state.shape))
@@ -168,7 +169,7 @@ def from_the_start(model, weights):
 
 @every_architecture
 def test_every_weight_gets_a_gradient(name):
-    model = from_the_start(shared_training(name), shared_model(name).get_weights())
+    model = from_the_start(shared_training(name), shared_model(name))
     model.fit(**training_data(model, 8), batch_size=8, verbose=0)
     # After one step the momentum of Adam is the gradient times 1 - beta_1.
     states = [to_numpy(v) for v in model.optimizer.variables if "momentum" in v.name]
@@ -183,7 +184,7 @@ def loss_of(evaluated):
 
 @every_architecture
 def test_fit_lowers_the_loss(name):
-    model = from_the_start(shared_training(name), new_model(name).get_weights())
+    model = from_the_start(shared_training(name), new_model(name))
     data = training_data(model, 8)
     before = loss_of(model.evaluate(**data, batch_size=8, verbose=0))
     history = model.fit(**data, batch_size=8, epochs=12, shuffle=False, verbose=0)
