@@ -21,13 +21,26 @@ class FusedDense:
         kernel, bias = map(ops.convert_to_tensor, (self.kernel, self.bias))
         if inputs.dtype != kernel.dtype:
             return super().call(inputs, training=training)
-        import torch
-
-        y = torch.nn.functional.linear(inputs, kernel.T, bias)
+        y = affine(inputs, kernel, bias)
         return y if self.activation is None else self.activation(y)
 
     def quantize(self, mode=None, type_check=True, config=None):
         super().quantize(mode, type_check=False, config=config)
+
+
+def affine(x, kernel, bias=None):
+    """One product for x W + b, whose gradient in W needs no transposition.
+
+    Args:
+        x: (..., in).
+        kernel: W, (in, out).
+        bias: b, (out,); None for none.
+    """
+    import torch
+
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows @ kernel if bias is None else torch.addmm(bias, rows, kernel)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 class FusedConvolution:

@@ -13,6 +13,15 @@ class FusedRecurrence:
     a call cannot be differentiated twice on CPUs.
     """
 
+    def call(self, sequences, initial_state=None, mask=None, training=False):
+        if self.stateful or not self._fusible(sequences, mask, training):
+            return super().call(sequences, initial_state, mask, training)
+        if initial_state is None:
+            initial_state = self.get_initial_state(len(sequences))
+        last, outputs, state = self.inner_loop(sequences, initial_state, None, training)
+        output = outputs if self.return_sequences else last
+        return (output, *state) if self.return_state else output
+
     def inner_loop(self, sequences, initial_state, mask, training=False):
         if self._fusible(sequences, mask, training):
             return self._fused(sequences, keras.tree.flatten(initial_state))

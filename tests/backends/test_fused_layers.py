@@ -1,3 +1,5 @@
+import operator
+
 import keras
 import numpy as np
 import pytest
@@ -48,9 +50,9 @@ def test_attention_is_the_softmax_of_the_scaled_scores(causal, biased):
 
 
 FUSED = {
-    "linear": (lambda: Dense(2), (3, 4)),
-    "conv2d": (lambda: Conv2D(2, 3, padding="same"), (2, 5, 5, 4)),
-    "batch_norm": (lambda: BatchNorm(), (3, 4)),
+    "addmm": (lambda: Dense(2), (3, 5, 4)),
+    "nn.functional.conv2d": (lambda: Conv2D(2, 3, padding="same"), (2, 5, 5, 4)),
+    "nn.functional.batch_norm": (lambda: BatchNorm(), (3, 4)),
 }
 
 
@@ -62,17 +64,33 @@ def test_layers_make_the_call_of_pytorch_where_they_run(name, monkeypatch):
     layer, x = make(), ops.convert_to_tensor(array(*shape))
     layer.build(shape)
     expected = layer(x)
-    function, calls = getattr(torch.nn.functional, name), []
+    function, calls = operator.attrgetter(name)(torch), []
 
     def counted(*arguments, **options):
         calls.append(name)
         return function(*arguments, **options)
 
-    monkeypatch.setattr(torch.nn.functional, name, counted)
+    monkeypatch.setattr(f"torch.{name}", counted)
     assert_close(layer(x), expected, 0)
     assert calls == [name]
     monkeypatch.setattr("keras_edifice.backends.fused_layers.runs_now", lambda x: False)
     assert_close(layer(x), expected)  # as Keras computes it
+
+
+def test_affine_is_the_product_and_its_gradient_lies_as_the_kernel():
+    import torch
+
+    x, kernel, bias = (
+        torch.as_tensor(array(*size)) for size in ((3, 5, 4), (4, 2), (2,))
+    )
+    kernel.requires_grad_()
+    for b in (bias, None):
+        y = fused_layers.affine(x, kernel, b)
+        expected = np.einsum("bti,io->bto", x.numpy(), kernel.detach().numpy())
+        assert_close(y, expected + (0 if b is None else b.numpy()))
+    (gradient,) = torch.autograd.grad(y.square().sum(), kernel)
+    assert gradient.stride() == kernel.stride()
+    assert_close(gradient, 2 * np.einsum("bti,bto->io", x, y.detach()))
 
 
 def test_depthwise_filters_come_in_groups():

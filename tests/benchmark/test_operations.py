@@ -4,12 +4,10 @@ import pkgutil
 from pathlib import Path
 
 import keras
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import keras_edifice.ops
-from keras_edifice.backends.timing import forward
 from keras_edifice.benchmark import operations as module
 from keras_edifice.benchmark.operations import Draw, operations
 from keras_edifice.commands import app
@@ -18,7 +16,7 @@ from keras_edifice.commands import app
 @pytest.mark.parametrize("case", operations(), ids=lambda case: case.name)
 def test_memory_of_every_case_grows_no_faster_than_the_length(case):
     lengths = (512, 2048) if case.linear else (16,)
-    draw = Draw(batch=4, width=64, heads=2)  # TensorFlow counts from 256 kB
+    draw = Draw(batch=16, width=64, heads=2)  # TensorFlow counts from 256 kB
     found = module.measure([case.name], lengths, draw, False, lambda line: None, 0.0)
     assert [row.length for row in found] == list(lengths)
     for row in found:
@@ -27,10 +25,8 @@ def test_memory_of_every_case_grows_no_faster_than_the_length(case):
         assert 0 < row.fastest <= row.milliseconds <= row.slowest
     if found[0].megabytes is None:
         pytest.skip("this build of the backend does not count its memory")
-    limit = module.GROWTH**2 * found[0].megabytes
-    if keras.backend.backend() == "tensorflow":
-        limit *= 1.5  # its allocator counts blocks, up to twice as large as the tensors
-    assert found[-1].megabytes <= limit  # a square of the length would take 16 times
+    # a square of the length would take 16 times
+    assert found[-1].megabytes <= module.GROWTH**2 * found[0].megabytes
 
 
 def test_every_operation_with_a_step_has_a_case():
@@ -51,14 +47,6 @@ def test_every_operation_with_a_step_has_a_case():
 def test_unknown_operation_is_refused():
     with pytest.raises(ValueError, match="unknown operation 'scan'; they are diagonal"):
         operations(["scan"])
-
-
-def test_memory_is_that_of_the_tensors():
-    x = np.ones(2**18, "float32")
-    peak = forward(lambda x: keras.ops.sort(x * 2.0), [x]).peak_bytes()
-    if peak is None:
-        pytest.skip("this build of the backend does not count its memory")
-    assert 2**20 <= peak <= 8 * 2**20
 
 
 def test_command_prints_a_table_and_json(tmp_path):
