@@ -36,8 +36,20 @@ def _jax(function, variables):
 
 def let_go():
     """Frees models that nothing refers to any more, and what was compiled for them."""
-    if keras.backend.backend() == "jax":
+    backend = keras.backend.backend()
+    if backend == "jax":
         import jax
 
         jax.clear_caches()
+    elif backend == "tensorflow":
+        _forget_custom_gradients()
     keras.backend.clear_session()  # collects garbage
+
+
+def _forget_custom_gradients():
+    """TensorFlow registers each that it traces, with its graph, and keeps it else."""
+    from tensorflow.python.framework.ops import gradient_registry
+
+    registered = gradient_registry._registry
+    for name in [name for name in registered if name.startswith("CustomGradient-")]:
+        del registered[name]

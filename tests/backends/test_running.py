@@ -3,6 +3,7 @@ import weakref
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 from keras_edifice.backends.running import inference, let_go
@@ -33,3 +34,27 @@ def test_a_model_that_ran_is_let_go():
     finally:
         gc.enable()
     assert kept() is None
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="graphs are TensorFlow's"
+)
+def test_the_graph_of_a_custom_gradient_is_let_go():
+    import tensorflow as tf
+
+    graphs = []
+
+    @tf.function
+    def twice(x):
+        graphs.append(weakref.ref(x.graph))
+
+        @tf.custom_gradient
+        def double(x):
+            return 2.0 * x, lambda upstream: 2.0 * upstream
+
+        return double(x)
+
+    assert_close(twice(tf.ones(3)), np.full(3, 2.0), 0)
+    del twice
+    let_go()
+    assert [graph() for graph in graphs] == [None]
