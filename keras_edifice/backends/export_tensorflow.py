@@ -1,5 +1,9 @@
 """Exports and results of a model while TensorFlow is the backend."""
 
+import contextlib
+import functools
+import os
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -15,10 +19,39 @@ def saved_model(model, path):
 
 
 def tf2onnx(model, path):
-    """Writes ONNX."""
-    keras.Model.export(
-        model, path, "onnx", verbose=False, input_signature=[specs(model)]
+    """Writes ONNX.
+
+    tf2onnx copies the graph before each of its passes, in case it fails, which takes
+    as long as all else: only where one fails does it do so here.
+    """
+    export = functools.partial(
+        keras.Model.export,
+        model,
+        path,
+        "onnx",
+        verbose=False,
+        input_signature=[specs(model)],
     )
+    try:
+        with _without_copies():
+            export()
+    except Exception:  # a pass raises anything
+        export()
+
+
+@contextlib.contextmanager
+def _without_copies():
+    from tf2onnx import constants
+
+    name = constants.ENV_TF2ONNX_CATCH_ERRORS
+    before = os.environ.get(name)
+    os.environ[name] = "FALSE"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def predict(model, batches):

@@ -14,7 +14,7 @@ def inference(function, variables):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, reduce_retracing=True)
+        return tf.function(function, reduce_retracing=True, autograph=False)
     if backend == "torch":
         import torch
 

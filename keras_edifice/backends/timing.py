@@ -1,6 +1,7 @@
 """A function with its gradient, compiled as `fit` would compile it, run to its end."""
 
 import contextlib
+import functools
 import gc
 import os
 import tempfile
@@ -51,7 +52,7 @@ def _tensorflow(function, arrays, backward):
 
     tensors = [tf.convert_to_tensor(x) for x in arrays]
 
-    @tf.function
+    @functools.partial(tf.function, autograph=False)
     def run(*tensors):
         watched = [x for x in tensors if x.dtype.is_floating]
         with tf.GradientTape() as tape:
@@ -117,8 +118,11 @@ def tensorflow_peak_bytes(call):
     import tensorflow as tf
     from tensorflow.tsl.profiler.protobuf.xplane_pb2 import XSpace
 
+    options = tf.profiler.experimental.ProfilerOptions(
+        host_tracer_level=1, python_tracer_level=0, device_tracer_level=0
+    )  # memory and little else
     with tempfile.TemporaryDirectory() as folder:
-        tf.profiler.experimental.start(folder)
+        tf.profiler.experimental.start(folder, options)
         try:
             call()
         finally:

@@ -136,7 +136,7 @@ def _biases(q, k, bias, slopes, q_offset):
 def _plain(q, k, v, scale, bias, mask, dropout, seed, logit_soft_cap, sinks):
     """The equations of the module. Gives the output and the weights."""
     dtype, exact = q.dtype, exact_dtype(q)
-    q, k, v = (ops.transpose(ops.cast(x, exact), (0, 2, 1, 3)) for x in (q, k, v))
+    q, k, v = (_heads_first(ops.cast(x, exact)) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     open_length = static_length(q, 2) is None or static_length(k, 2) is None
     if groups > 1 and (exporting() or open_length):
@@ -153,6 +153,13 @@ def _plain(q, k, v, scale, bias, mask, dropout, seed, logit_soft_cap, sinks):
     y = _zero_unless_seen(_grouped_product(dropped, v), mask)
     weights = _zero_unless_seen(weights, mask)
     return ops.cast(ops.transpose(y, (0, 2, 1, 3)), dtype), weights
+
+
+def _heads_first(x):
+    """(b, t, h, d) -> (b, h, t, d)."""
+    if x.shape[2] == 1:  # tf2onnx writes wrong sizes for a transposition of one head
+        return ops.expand_dims(x[:, :, 0], 1)
+    return ops.transpose(x, (0, 2, 1, 3))
 
 
 def _softmax(scores, sinks):

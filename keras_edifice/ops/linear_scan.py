@@ -265,10 +265,14 @@ def selective_scan(
     length = static_length(x, 0)
     method, chunk = _plan(method, chunk_size, length)
     x, dt, B, C = (_in_chunks(z, length, chunk) for z in (x, dt, B, C))
-    run = _selective_scan(method, discretization)
-    y = run(x, dt, A, B, C, initial_state)  # (t + n, b, e): outputs, then the state
-    outputs = y[:length] if length else y[:-size]
-    return _time_first(outputs), ops.transpose(y[-size:], (1, 2, 0))
+    arguments = x, dt, A, B, C, initial_state
+    if exporting():  # a file has no gradient
+        y, last, _ = _outputs_and_states(method, discretization, *arguments)
+    else:
+        y = _selective_scan(method, discretization)(*arguments)
+        y, last = y[:-size], ops.transpose(y[-size:], (1, 0, 2))
+    y = y[:length] if length else y
+    return _time_first(y), ops.swapaxes(last, 1, 2)
 
 
 def selective_step(x, dt, A, B, C, state, discretization="euler_b"):
@@ -356,15 +360,9 @@ def _selective_scan(method, discretization):
 
     @ops.custom_gradient
     def run(x, dt, A, B, C, state):
-        def forward(carry, chunk):
-            x, dt, B, C = chunk
-            states = _chunk_states(method, discretization, x, dt, A, B, carry[0])[-1]
-            return [states[-1]], [ops.sum(states * ops.expand_dims(C, 3), axis=2)]
-
-        (last,), (after,), (y,) = _over_chunks(
-            forward, [state], [x, dt, B, C], [ops.zeros_like(x[0])]
+        y, last, after = _outputs_and_states(
+            method, discretization, x, dt, A, B, C, state
         )
-        y = ops.reshape(y, (-1, *ops.shape(y)[2:]))
         before = _shifted(after, state, reverse=False)
 
         def gradient(*args, upstream=None):
@@ -390,6 +388,20 @@ def _selective_scan(method, discretization):
         return ops.concatenate([y, ops.transpose(last, (1, 0, 2))], axis=0), gradient
 
     return run
+
+
+def _outputs_and_states(method, discretization, x, dt, A, B, C, state):
+    """Outputs (k t, b, e), the last state and that after each chunk, (k, b, n, e)."""
+
+    def forward(carry, chunk):
+        x, dt, B, C = chunk
+        states = _chunk_states(method, discretization, x, dt, A, B, carry[0])[-1]
+        return [states[-1]], [ops.sum(states * ops.expand_dims(C, 3), axis=2)]
+
+    (last,), (after,), (y,) = _over_chunks(
+        forward, [state], [x, dt, B, C], [ops.zeros_like(x[0])]
+    )
+    return ops.reshape(y, (-1, *ops.shape(y)[2:])), last, after
 
 
 def _chunk_states(method, discretization, x, dt, A, B, state):

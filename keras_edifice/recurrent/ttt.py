@@ -219,6 +219,7 @@ class TTTLayer(Composite):
         if mask is not None:
             return without_masked(self, x, mask, initial_state, return_state)
         seen, memory = (None, None) if initial_state is None else initial_state
+        around = ops.shape(x)[:-1]  # the shape of a product is lost in tf2onnx
         q, k = self.q_proj(x), None if self.share_qk else self.k_proj(x)
         if self.share_qk:
             pairs = zip(self.convs, seen or [None] * 2, strict=True)
@@ -230,8 +231,8 @@ class TTTLayer(Composite):
         if memory is not None:
             place = place + ops.expand_dims(memory[-1], 1)
         y = ttt_scan(
-            *self._turned(q, k, place),
-            self._in_heads(self.v_proj(x)),
+            *self._turned(q, k, place, around),
+            self._in_heads(self.v_proj(x), around),
             self._rate(x),
             self._token_rate(),
             self.weights_at_start,
@@ -245,13 +246,14 @@ class TTTLayer(Composite):
         y, memory = y
         return self._output(y, x), (tuple(seen or ()), memory)
 
-    def _in_heads(self, x):
-        return ops.reshape(x, (*ops.shape(x)[:-1], self.num_heads, self.head_dim))
+    def _in_heads(self, x, around):
+        """(*around, features) -> (*around, heads, head_dim)."""
+        return ops.reshape(x, (*around, self.num_heads, self.head_dim))
 
-    def _turned(self, q, k, place):
+    def _turned(self, q, k, place, around):
         """Queries and keys (b, t, h, d), turned by their places in the mini-batch."""
         place = place - self.chunk_size * ops.floor(place / self.chunk_size)
-        return [self.turn(self._in_heads(z), positions=place) for z in (q, k)]
+        return [self.turn(self._in_heads(z, around), positions=place) for z in (q, k)]
 
     def _rate(self, x):
         """The part of η_ts that the token s brings, (..., heads) in float32."""
@@ -282,17 +284,18 @@ class TTTLayer(Composite):
         """One token: (batch, features), the state -> the output, the new state."""
         x_t = ops.cast(ops.convert_to_tensor(x_t), self.compute_dtype)
         seen, memory = state
+        around = ops.shape(x_t)[:-1]
         q, k = self.q_proj(x_t), None if self.share_qk else self.k_proj(x_t)
         if self.share_qk:
             pairs = zip(self.convs, seen, strict=True)
             steps = [conv.step(q, last) for conv, last in pairs]
             (q, k), seen = zip(*steps, strict=True)
         place = ops.expand_dims(memory[-1], 1)
-        q, k = self._turned(ops.expand_dims(q, 1), ops.expand_dims(k, 1), place)
+        q, k = self._turned(q, k, place, (*around, 1))
         y, memory = ttt_step(
             q[:, 0],
             k[:, 0],
-            self._in_heads(self.v_proj(x_t)),
+            self._in_heads(self.v_proj(x_t), around),
             self._rate(x_t),
             self._token_rate(),
             memory,

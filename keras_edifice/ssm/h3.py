@@ -34,6 +34,7 @@ from keras_edifice.ops.state_space import (
     modal_scan,
     modal_step,
 )
+from keras_edifice.ops.tracing import exporting, static_length
 from keras_edifice.options import Count, NonNegative, Positive, Rate, Size, check
 from keras_edifice.registry import architecture
 
@@ -84,6 +85,8 @@ class ShiftSSM(CausalConv):
         return taps + ops.pad(D, [(self.kernel_size - 1, 0), (0, 0)])
 
     def call(self, x, mask=None, initial_state=None, return_state=False):
+        if exporting() and static_length(x) is None:  # tap by tap
+            return super().call(x, mask, initial_state, return_state)
         if mask is not None:
             x = ops.where(ops.expand_dims(mask, -1), x, ops.zeros_like(x))
         if initial_state is None:

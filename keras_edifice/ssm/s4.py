@@ -167,9 +167,10 @@ class S4Layer(Composite):
         Lambda = -ops.exp(self.A_log), ops.convert_to_tensor(self.A_imag)
         B, P = (self.B_real, self.B_imag), (self.P_real, self.P_imag)
         Lambda, B = (
-            tuple(ops.tile(z, (copies, 1)) for z in pair) for pair in (Lambda, B)
+            tuple(ops.tile(ops.convert_to_tensor(z), (copies, 1)) for z in pair)
+            for pair in (Lambda, B)
         )
-        P = tuple(ops.tile(z, (1, copies, 1)) for z in P)
+        P = tuple(ops.tile(ops.convert_to_tensor(z), (1, copies, 1)) for z in P)
         C = (
             (self.C_ahead_real, self.C_ahead_imag)
             if ahead
