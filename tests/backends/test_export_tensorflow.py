@@ -19,13 +19,13 @@ class Broken:
 
 @pytest.mark.parametrize("passes", [{}, {"broken": Broken}], ids=["whole", "broken"])
 def test_a_broken_pass_is_left_out(passes, tmp_path, monkeypatch):
-    import tf2onnx
+    from tf2onnx import optimizer
 
-    known = tf2onnx.optimizer._get_optimizers()
+    known = optimizer._get_optimizers()
     monkeypatch.setattr(
-        tf2onnx.optimizer, "_get_optimizers", lambda: {**passes, **known}
+        optimizer, "_get_optimizers", lambda: {**passes, **known}
     )
-    monkeypatch.setenv("TF2ONNX_CATCH_ERRORS", "kept")
+    monkeypatch.delenv("TF2ONNX_CATCH_ERRORS", raising=False)
     x = keras.Input((3,))
     model = keras.Model(x, keras.layers.Dense(2)(x))
     path = str(tmp_path / "model.onnx")
@@ -33,4 +33,4 @@ def test_a_broken_pass_is_left_out(passes, tmp_path, monkeypatch):
     data = np.arange(6.0, dtype="float32").reshape(2, 3)
     ((found,),) = RUN["onnx"](model, path, [[data]], tmp_path)
     np.testing.assert_allclose(found, model(data), atol=1e-6)
-    assert os.environ["TF2ONNX_CATCH_ERRORS"] == "kept"
+    assert "TF2ONNX_CATCH_ERRORS" not in os.environ
