@@ -49,7 +49,9 @@ COMPACT = {
         blocks=[[1, 3, 1, 32, 1], [4, 3, 1, 48, 1], [4, 3, 2, 64, 1]],
     ),
     "focalnet": dict(embed_size=32, depths=[1, 1]),
-    "mlp_mixer": dict(token_mlp_dim=32, channel_mlp_dim=256),
+    "mlp_mixer": dict(
+        embed_size=96, patch_size=4, token_mlp_dim=32, channel_mlp_dim=256
+    ),
     "mobilenet": dict(blocks=[[64, 1], [128, 2], [128, 1]]),
     "poolformer": dict(depths=[1, 1], hidden_sizes=[32, 64], layer_scale=1.0),
     "resnet": dict(block_sizes=[1, 1, 1], hidden_size=16, stem="cifar"),
