@@ -22,9 +22,7 @@ def test_a_broken_pass_is_left_out(passes, tmp_path, monkeypatch):
     from tf2onnx import optimizer
 
     known = optimizer._get_optimizers()
-    monkeypatch.setattr(
-        optimizer, "_get_optimizers", lambda: {**passes, **known}
-    )
+    monkeypatch.setattr(optimizer, "_get_optimizers", lambda: {**passes, **known})
     monkeypatch.delenv("TF2ONNX_CATCH_ERRORS", raising=False)
     x = keras.Input((3,))
     model = keras.Model(x, keras.layers.Dense(2)(x))
