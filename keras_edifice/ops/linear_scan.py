@@ -269,9 +269,10 @@ def selective_scan(
     if exporting():  # a file has no gradient
         y, last, _ = _outputs_and_states(method, discretization, *arguments)
     else:
-        y = _selective_scan(method, discretization)(*arguments)
-        y, last = y[:-size], ops.transpose(y[-size:], (1, 0, 2))
-    y = y[:length] if length else y
+        y = _selective_scan(method, discretization)(*arguments)  # (t + n, b, e)
+        last = ops.transpose(y[-size:], (1, 0, 2))
+        y = y if length else y[:-size]
+    y = y[:length] if length else y  # one slice: each costs TensorFlow a gradient
     return _time_first(y), ops.swapaxes(last, 1, 2)
 
 
