@@ -2,11 +2,12 @@
 
 Keras adds the bias of a dense layer in a second pass over its output, lays every image
 out anew before and after a convolution, normalises batches in several passes, and
-copies queries, keys and values.
+copies queries, keys and values. For batches TensorFlow has a kernel, too.
 """
 
 import math
 
+import keras
 from keras import ops
 
 from keras_edifice.backends.running_torch import kept, runs_now
@@ -114,12 +115,25 @@ class FusedDepthwiseConvolution(FusedConvolution):
 class FusedBatchNorm:
     """Beside `keras.layers.BatchNormalization`, before it among the bases of a class.
 
-    The channels must be last.
+    The channels must be last. On TensorFlow the kernel is for training alone.
     """
 
     def call(self, inputs, training=None, mask=None):
-        if not self._fusible(inputs, training, mask):
-            return super().call(inputs, training=training, mask=mask)
+        train = training and self.trainable
+        if self._fusible(inputs, mask) and runs_now(inputs):
+            return self._by_torch(inputs, train)
+        tensorflow = keras.backend.backend() == "tensorflow"
+        if train and tensorflow and self._fusible(inputs, mask) and self.center:
+            return self._by_tensorflow(inputs)
+        return super().call(inputs, training=training, mask=mask)
+
+    def _fusible(self, inputs, mask):
+        plain = not (self.renorm or self.synchronized)
+        last = self.axis in (-1, len(inputs.shape) - 1)
+        single = ops.dtype(inputs) == self.compute_dtype == "float32"
+        return plain and last and single and self.scale and mask is None
+
+    def _by_torch(self, inputs, train):
         import torch
 
         weights = [self.gamma, self.beta, self.moving_mean, self.moving_variance]
@@ -128,7 +142,7 @@ class FusedBatchNorm:
             for weight in weights
         )
         x = inputs.reshape(1, 1, -1, inputs.shape[-1]).permute(0, 3, 1, 2)
-        if training and self.trainable:
+        if train:
             y, mean, deviation = torch.native_batch_norm(
                 x, gamma, beta, None, None, True, 0.0, self.epsilon
             )
@@ -140,13 +154,25 @@ class FusedBatchNorm:
             )
         return y.permute(0, 2, 3, 1).reshape(inputs.shape)
 
-    def _fusible(self, inputs, training, mask):
-        if not (runs_now(inputs) and self.gamma is not None and mask is None):
-            return False
-        plain = not (self.renorm or self.synchronized)
-        last = self.axis in (-1, inputs.ndim - 1)
-        single = ops.dtype(inputs) == self.compute_dtype == "float32"
-        return plain and last and single
+    def _by_tensorflow(self, inputs):
+        import tensorflow as tf
+
+        channels = inputs.shape[-1]
+        image = len(inputs.shape) == 4
+        x = inputs if image else tf.reshape(inputs, (1, 1, -1, channels))
+        y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+            x=x,
+            scale=ops.convert_to_tensor(self.gamma),
+            offset=ops.convert_to_tensor(self.beta),
+            mean=tf.constant([], x.dtype),
+            variance=tf.constant([], x.dtype),
+            epsilon=self.epsilon,
+            is_training=True,
+        )
+        count = ops.cast(tf.size(x) // channels, x.dtype)
+        variance = variance * (count - 1.0) / count  # it divides by one less
+        self._follow(tf.stop_gradient(mean), tf.stop_gradient(variance))
+        return y if image else tf.reshape(y, tf.shape(inputs))
 
     def _follow(self, mean, variance):
         """The moving averages, one step on."""

@@ -11,6 +11,7 @@ from typing import Literal
 import keras
 from keras import layers, ops
 
+from keras_edifice.blocks.batch_norm import BatchNorm
 from keras_edifice.blocks.convolution import Conv2D
 from keras_edifice.blocks.dense_stack import kernel_initializer
 from keras_edifice.blocks.global_pool import global_pool
@@ -23,7 +24,7 @@ from keras_edifice.model import EdificeModel
 from keras_edifice.options import Activation, Rate, Size
 from keras_edifice.registry import architecture
 
-_NORMS = {"batch": layers.BatchNormalization, "layer": LayerNorm}
+_NORMS = {"batch": BatchNorm, "layer": LayerNorm}
 _POOLS = {"max": MaxPooling, "avg": layers.AveragePooling2D}
 
 

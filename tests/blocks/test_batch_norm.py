@@ -11,9 +11,9 @@ from tests.support.numerical import numerical_gradient
 rng = np.random.default_rng(0)
 
 
-def built(**options):
+def built(shape=(None, None, 3), **options):
     layer = BatchNorm(**options)
-    layer.build((None, None, 3))
+    layer.build(shape)
     layer.set_weights(rng.uniform(0.5, 1.5, (4, 3)))
     return layer
 
@@ -22,15 +22,40 @@ def inputs(length=6):
     return rng.normal(size=(4, length, 3)).astype("float32")
 
 
-def test_equals_the_layer_of_keras():
-    ours, x = built(momentum=0.9, epsilon=1e-2), inputs()
-    theirs = keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-2)
+@pytest.mark.parametrize(
+    "shape, epsilon",
+    [((4, 6, 3), 1e-5), ((4, 5, 2, 3), 1e-5), ((8, 3), 1e-5), ((1, 3), 1e-2)],
+)
+def test_equals_the_layer_of_keras(shape, epsilon):
+    ours = built(shape, momentum=0.9, epsilon=epsilon)
+    x = rng.normal(2.0, 3.0, size=shape).astype("float32")
+    theirs = keras.layers.BatchNormalization(momentum=0.9, epsilon=epsilon)
     theirs.build(x.shape)
     theirs.set_weights(ours.get_weights())
     for training in (False, True):
         assert_close(ours(x, training=training), theirs(x, training=training))
     for own, other in zip(ours.get_weights(), theirs.get_weights(), strict=True):
         assert_close(own, other)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="a kernel of TensorFlow"
+)
+def test_training_calls_the_kernel_of_tensorflow(monkeypatch):
+    import tensorflow as tf
+
+    kernel, calls = tf.raw_ops.FusedBatchNormV3, []
+
+    def counted(**arguments):
+        calls.append(arguments["x"].shape)
+        return kernel(**arguments)
+
+    monkeypatch.setattr(tf.raw_ops, "FusedBatchNormV3", counted)
+    layer, x = built(), inputs()
+    layer(x, training=True)
+    layer(x, training=False)
+    layer(x, training=True, mask=np.ones(x.shape[:2], "bool"))
+    assert calls == [(1, 1, 24, 3)]
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": False}, {"center": False}], ids=str)
