@@ -130,17 +130,14 @@ def blocks():
     return "\n".join(lines) + "\n"
 
 
-def operations(rows, memory=True):
-    """The measured operations: time and memory by length, and their growth."""
+def operations(rows, shown=("time", "memory")):
+    """The measured operations: time, memory or both by length, and their growth."""
     rows = [Row(**row) for row in rows]
     lengths = sorted({row.length for row in rows})
-    head = "".join(f" {n} | MB |" if memory else f" {n} |" for n in lengths)
-    worst = ("time", "memory") if memory else ("time",)
-    head += "".join(f" {kind} x |" for kind in worst)
-    lines = [
-        f"| operation | implementation |{head}",
-        "|---|---|" + "---|" * (head.count("|")),
-    ]
+    names = {"time": "{}", "memory": "MB" if "time" in shown else "{}"}
+    head = [names[kind].format(n) for n in lengths for kind in shown]
+    head = ["operation", "implementation", *head, *(f"{kind} x" for kind in shown)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     order = list(dict.fromkeys(row.name for row in rows))
     keys = dict.fromkeys((r.name, r.part, r.implementation) for r in rows)
     factors = growth(rows)
@@ -148,9 +145,9 @@ def operations(rows, memory=True):
         own = {r.length: r for r in rows if (r.name, r.part, r.implementation) == key}
         cells = []
         for row in map(own.get, lengths):
-            cells.append(_digits(row and row.milliseconds))
-            cells += [_digits(row and row.megabytes)] if memory else []
-        for kind in worst:
+            values = {"time": row and row.milliseconds, "memory": row and row.megabytes}
+            cells += [_digits(values[kind]) for kind in shown]
+        for kind in shown:
             factor = factors.get(key, {}).get(kind)
             cells.append("" if factor is None else f"{factor:.2f}")
         lines.append("| " + " | ".join([key[0], key[2], *cells]) + " |")
@@ -234,7 +231,8 @@ def documents():
     parts.append((guides / "profiling.md", "profiles", profiles(published)))
     for mark, file, table in (
         ("operations", "performance.json", operations),
-        ("growth", "growth.json", functools.partial(operations, memory=False)),
+        ("growth", "growth.json", functools.partial(operations, shown=("time",))),
+        ("memory", "memory.json", functools.partial(operations, shown=("memory",))),
         ("architectures", "architectures.json", compared),
         ("images", "images.json", compared),
         ("tokens", "tokens.json", per_token),

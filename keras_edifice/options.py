@@ -70,7 +70,7 @@ _SYNONYMS = [
     "state_size d_state state_dim ssm_state_size n_state",
     "conv_size d_conv conv_kernel kernel_size",
     "expand_factor expand expansion expansion_factor",
-    "num_classes n_classes classes num_labels n_labels include_top",
+    "num_classes n_classes classes num_labels n_labels",
     "window_size seq_len seq_length sequence_length max_len timesteps length",
     "dropout dropout_rate drop_rate drop p_drop",
     "num_timesteps num_steps n_steps time_steps timesteps",

@@ -81,10 +81,12 @@ class Architecture:
             TypeError: an option is unknown, missing or of the wrong type.
             ValueError: a value is out of range, no choice, or does not divide.
         """
+        variant = self._variant(options.get("variant"))
+        options = self._with_or_without_head(options, variant)
         for name in options:
             if name not in self.options:
                 raise unknown_option(self.name, name, list(self.options))
-        given = {**self._variant(options.get("variant")), **options}
+        given = {**variant, **options}
         missing = [
             o for o in self.options.values() if o.required and o.name not in given
         ]
@@ -98,6 +100,24 @@ class Architecture:
         for whole, part in self.multiples.items():
             _check_multiple(whole, resolved[whole], part, resolved[part])
         return resolved
+
+    def _with_or_without_head(self, options, variant):
+        """`include_top`, as Keras's applications have it, in terms of `num_classes`."""
+        name, classes = "include_top", self.options.get("num_classes")
+        if name not in options or name in self.options or classes is None:
+            return options
+        options = dict(options)
+        top = check(bool, name, options.pop(name))
+        default = variant.get("num_classes", classes.default) if top else None
+        number = options.get("num_classes", default)
+        if top and number is None:
+            raise ValueError("include_top=True needs num_classes, received None")
+        if not top and number is not None:
+            raise ValueError(
+                f"include_top=False has no classes, but num_classes is {number}; "
+                "give one of the two"
+            )
+        return {**options, "num_classes": number}
 
     def _variant(self, name):
         if name is None or "variant" not in self.options:
@@ -272,7 +292,8 @@ def build(name: str, **options) -> keras.Model:
 
     Args:
         name: a name of `list_architectures()`.
-        **options: those of `info(name)`, by keyword.
+        **options: those of `info(name)`, by keyword. Where they have `num_classes`,
+            `include_top=False` stands for None, as in Keras's applications.
 
     Returns:
         A functional Keras model, ready for `compile` and `fit`.

@@ -127,6 +127,23 @@ def test_classifier_refuses_a_wrong_number_of_classes():
         keras_edifice.classifier("mlp", "3", input_size=2)
 
 
+def test_include_top_is_a_word_for_the_number_of_classes():
+    headless = keras_edifice.info("resnet").resolve
+    assert headless(dict(include_top=False)) == headless(dict(num_classes=None))
+    assert headless(dict(include_top=True)) == headless({})
+    published = dict(variant="imagenet18")
+    assert headless({**published, "include_top": False})["num_classes"] is None
+    assert headless({**published, "include_top": True})["num_classes"] == 1000
+    with pytest.raises(ValueError, match="include_top=False has no classes, but"):
+        headless(dict(include_top=False, num_classes=3))
+    with pytest.raises(ValueError, match="include_top=True needs num_classes"):
+        headless(dict(include_top=True, num_classes=None))
+    with pytest.raises(TypeError, match="include_top must be bool, received int 0"):
+        headless(dict(include_top=0))
+    with pytest.raises(TypeError, match="vae has no option 'include_top'"):
+        keras_edifice.build("vae", include_top=False)
+
+
 def test_one_declaration_is_enough(registered):
     declare()
     assert "sample_net" in keras_edifice.list_architectures("feedforward")
