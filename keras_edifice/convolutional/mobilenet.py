@@ -16,6 +16,7 @@ from keras.initializers import RandomNormal
 
 from keras_edifice.blocks.conv_unit import conv_unit
 from keras_edifice.blocks.dense import Dense
+from keras_edifice.blocks.drop_path import drop_path_rates
 from keras_edifice.blocks.global_pool import global_pool
 from keras_edifice.blocks.heads import class_scores
 from keras_edifice.blocks.images import image_input, stage_maps
@@ -77,8 +78,13 @@ _LAST_HIDDEN = {"v3_large": 1280, "v3_small": 1024}
 _v3_unit = partial(conv_unit, epsilon=1e-3, momentum=0.99)
 
 
-def _separable_blocks(x, table, width):
+def _separable_blocks(x, table, width, drop_path):
     """V1: the map after each block, and the block's stride."""
+    if drop_path:
+        raise ValueError(
+            "drop_path must be 0 for version 'v1', whose blocks have no branches, "
+            f"received {drop_path}"
+        )
     for i, (filters, strides) in enumerate(table, 1):
         x = conv_unit(x, None, 3, strides, "relu6", name=f"block{i}_depthwise")
         filters = rounded_width(width * filters)
@@ -86,8 +92,9 @@ def _separable_blocks(x, table, width):
         yield x, strides
 
 
-def _inverted_blocks(x, table, width):
+def _inverted_blocks(x, table, width, drop_path):
     """V2: the map after each block, and the block's stride."""
+    rates = iter(drop_path_rates(drop_path, sum(row[2] for row in table)))
     for i, (expansion, filters, repeats, first) in enumerate(table, 1):
         for j in range(repeats):
             strides = 1 if j else first
@@ -96,15 +103,17 @@ def _inverted_blocks(x, table, width):
                 rounded_width(width * filters),
                 expansion * x.shape[-1],
                 strides=strides,
+                drop_path=next(rates),
                 name=f"stage{i}_block{j + 1}",
             )
             yield x, strides
 
 
-def _searched_blocks(x, table, width):
+def _searched_blocks(x, table, width, drop_path):
     """V3: the map after each block, and the block's stride."""
     source = 16  # channels before the row; in their proportion the block expands
-    for i, row in enumerate(table, 1):
+    rates = drop_path_rates(drop_path, len(table))
+    for i, (row, rate) in enumerate(zip(table, rates, strict=True), 1):
         kernel_size, expanded, filters, squeeze, hard_swish, strides = row
         expanded = rounded_width(x.shape[-1] * expanded / source)
         excite = None
@@ -119,6 +128,7 @@ def _searched_blocks(x, table, width):
             strides,
             "hard_swish" if hard_swish else "relu",
             squeeze=excite,
+            drop_path=rate,
             unit=_v3_unit,
             name=f"block{i}",
         )
@@ -206,6 +216,7 @@ def mobilenet(
     blocks: list[list[Count]] | None = None,
     pooling: Literal["avg", "max"] | None = "avg",
     dropout: Rate = 0.0,
+    drop_path: Rate = 0.0,
     features_only: bool = False,
 ) -> EdificeModel:
     """Depthwise separable convolutions, or inverted residuals made of them.
@@ -223,6 +234,8 @@ def mobilenet(
             excitation, 1 for a hard swish, and strides of each block.
         pooling: how the last map is summarised; None keeps it, without classes.
         dropout: rate before the last layer, in training.
+        drop_path: of V2 and V3, rate of dropped branches at the last block, growing
+            linearly from zero.
         features_only: give the last map of each stride, {"stride_2": ...}, and no head.
     """
     inputs, table = image_input(image_size, input_channels), blocks or _TABLES[version]
@@ -233,7 +246,7 @@ def mobilenet(
     else:
         stem = _v3_unit(inputs, width, 3, 2, "hard_swish", name="stem")
     maps, stride = {}, 2
-    for x, strides in _BLOCKS[version](stem, table, width_multiplier):
+    for x, strides in _BLOCKS[version](stem, table, width_multiplier, drop_path):
         stride *= strides
         maps[stride] = x
     if features_only:

@@ -14,6 +14,7 @@ import keras
 from keras import layers, ops
 
 from keras_edifice.blocks.conv_unit import conv_unit
+from keras_edifice.blocks.drop_path import DropPath, drop_path_rates
 from keras_edifice.blocks.global_pool import global_pool
 from keras_edifice.blocks.heads import class_scores
 from keras_edifice.blocks.images import image_input, stage_maps
@@ -71,7 +72,7 @@ def _stem(x, kind, width):
     return MaxPooling(3, 2, padding=1, name="stem_pool")(x), 4
 
 
-def _block(x, block_type, width, strides, stride_on, shortcut, gamma, name):
+def _block(x, block_type, width, strides, stride_on, shortcut, gamma, drop_path, name):
     """One block of the module's equation; `gamma` starts the scale of its last BN."""
     if block_type == "basic":
         filters = width
@@ -88,6 +89,8 @@ def _block(x, block_type, width, strides, stride_on, shortcut, gamma, name):
             x = PadShortcut(filters, strides, name=f"{name}_shortcut")(x)
         else:
             x = conv_unit(x, filters, 1, strides, None, name=f"{name}_shortcut")
+    if drop_path:
+        y = DropPath(drop_path, name=f"{name}_drop_path")(y)
     x = layers.Add(name=f"{name}_add")([x, y])
     return layers.Activation("relu", name=f"{name}_relu")(x)
 
@@ -141,6 +144,7 @@ def resnet(
     zero_init_residual: bool = False,
     pooling: Literal["avg", "max"] | None = "avg",
     dropout: Rate = 0.0,
+    drop_path: Rate = 0.0,
     features_only: bool = False,
 ) -> EdificeModel:
     """Stages of residual blocks; each stage halves the map and doubles the channels.
@@ -164,11 +168,14 @@ def resnet(
             block begins as its shortcut (Goyal et al. 2017).
         pooling: how the last map is summarised; None keeps it, without classes.
         dropout: rate before the head, in training.
+        drop_path: rate of dropped branches at the last block, growing linearly from
+            zero: stochastic depth, Huang et al. 2016 (arXiv:1603.09382).
         features_only: give the map of each stage, {"stride_4": ...}, and no head.
     """
     inputs = image_input(image_size, input_channels)
     block_type, block_sizes = stage_blocks(depth, block_type, block_sizes)
     gamma = "zeros" if zero_init_residual else "ones"
+    rates = iter(drop_path_rates(drop_path, sum(block_sizes)))
     x, stride = _stem(inputs, stem, hidden_size)
     maps = {}
     for stage, blocks in enumerate(block_sizes):
@@ -181,6 +188,7 @@ def resnet(
                 stride_on,
                 shortcut,
                 gamma,
+                next(rates),
                 name=f"stage{stage + 1}_block{block + 1}",
             )
             stride *= strides

@@ -202,6 +202,18 @@ def test_dropout_is_on_in_training_alone():
     assert np.mean(y == 0) > np.mean(to_numpy(model(x)) == 0)
 
 
+def test_branches_are_dropped_more_often_in_later_blocks():
+    for version, rates in [
+        ("v2", {"stage2_block2_drop_path": 0.2}),
+        ("v3_small", {"block2_drop_path": 0.1}),
+    ]:
+        model = small(version, drop_path=0.2)
+        found = {x.name: x.rate for x in model.layers if "drop_path" in x.name}
+        assert found == rates
+    with pytest.raises(ValueError, match="drop_path must be 0 for version 'v1'"):
+        small("v1", drop_path=0.2)
+
+
 def test_weights_start_as_the_references():
     keras.utils.set_random_seed(0)
     model = keras_edifice.build(

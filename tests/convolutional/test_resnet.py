@@ -189,6 +189,20 @@ def test_dropout_is_on_in_training_alone():
     assert np.mean(y == 0) > np.mean(to_numpy(model(x)) == 0)
 
 
+def test_a_branch_is_dropped_or_doubled_by_a_rate_that_grows_with_depth():
+    model, x = shake(small(drop_path=0.5)), images(examples=16)
+    rates = {x.name: x.rate for x in model.layers if "drop_path" in x.name}
+    assert rates == {"stage2_block1_drop_path": 0.25, "stage2_block2_drop_path": 0.5}
+    names = "stage2_block1_relu", "stage2_block2_2_norm", "stage2_block2_relu"
+    parts = keras.Model(model.inputs, [model.get_layer(n).output for n in names])
+    before, branch, after = map(to_numpy, parts(x, training=True))
+    dropped = np.abs(after - before).max((1, 2, 3)) == 0
+    assert 0 < dropped.sum() < 16
+    kept = ~dropped
+    assert_close(after[kept], np.maximum(before[kept] + 2 * branch[kept], 0), 1e-5)
+    assert_close(model(x), model(x), 0)
+
+
 def test_mirrored_image_and_kernels_give_the_mirrored_map():
     model = shake(small(features_only=True, stem="cifar", block_sizes=[2]))
     mirrored = small(features_only=True, stem="cifar", block_sizes=[2])
