@@ -50,12 +50,6 @@ def flat(outputs):
     return [to_numpy(y) for y in keras.tree.flatten(outputs)]
 
 
-def once(model, x):
-    """Its predictions, flat; on TensorFlow without the graph, which takes longer."""
-    model.run_eagerly = BACKEND == "tensorflow"
-    return flat(model.predict(x, verbose=0))
-
-
 def has_objective(model):
     """Whether the model brings its own loss, so that `fit(x)` trains it."""
     own = type(model).compute_loss is not keras.Model.compute_loss
@@ -184,21 +178,17 @@ def test_every_weight_gets_a_gradient(name):
         assert np.any(gradient != 0), f"{weight.path}: no gradient"
 
 
-def loss_of(model, data):
-    """That of `evaluate`; on TensorFlow without the graph, which takes longer."""
-    model.run_eagerly = BACKEND == "tensorflow"
-    found = model.evaluate(**data, batch_size=8, verbose=0)
-    model.run_eagerly = False
-    return found[0] if isinstance(found, list) else found
+def loss_of(evaluated):
+    return evaluated[0] if isinstance(evaluated, list) else evaluated
 
 
 @every_architecture
 def test_fit_lowers_the_loss(name):
     model = from_the_start(shared_training(name), new_model(name))
     data = training_data(model, 8)
-    before = loss_of(model, data)
+    before = loss_of(model.evaluate(**data, batch_size=8, verbose=0))
     history = model.fit(**data, batch_size=8, epochs=12, shuffle=False, verbose=0)
-    after = loss_of(model, data)
+    after = loss_of(model.evaluate(**data, batch_size=8, verbose=0))
     if any(weight.name.startswith("moving_") for weight in model.weights):
         # A few batches are too few for moving statistics: as training sees it.
         before, after = history.history["loss"][0], history.history["loss"][-1]
@@ -227,13 +217,13 @@ def test_int8_weights_survive_saving(name, tmp_path, monkeypatch):
             model.quantize("int8")
     except ValueError as error:  # Keras has no int8 form of any layer of this model
         pytest.skip(f"{name} has nothing to quantise: {error}")
-    outputs = once(model, sample_inputs(model))
+    outputs = flat(model.predict(sample_inputs(model), verbose=0))
     for y, expected in zip(outputs, shared_outputs(name), strict=True):
         assert np.isfinite(y).all()
         assert y.shape == expected.shape
     model.save(path)
     loaded = keras.saving.load_model(path)
-    reloaded = once(loaded, sample_inputs(loaded))
+    reloaded = flat(loaded.predict(sample_inputs(loaded), verbose=0))
     for y, expected in zip(reloaded, outputs, strict=True):
         assert_close(y, expected, 1e-6)
 
@@ -245,7 +235,7 @@ def test_half_precision_stays_near(name):
     try:
         model = new_model(name)
         model.set_weights(shared_model(name).get_weights())
-        outputs = once(model, sample_inputs(model))
+        outputs = flat(model.predict(sample_inputs(model), verbose=0))
         compiled(model, keras.optimizers.SGD(1e-3), run_eagerly=BACKEND == "tensorflow")
         history = model.fit(**training_data(model), batch_size=4, verbose=0).history
     finally:
@@ -288,6 +278,6 @@ def test_causal_means_blind_to_the_future(name):
     cut = x.shape[1] // 2
     changed = x.copy()
     changed[:, cut:] += 1.0
-    (before,), (after,) = once(model, x), once(model, changed)
+    before, after = model.predict(x, verbose=0), model.predict(changed, verbose=0)
     assert_close(after[:, :cut], before[:, :cut], 1e-5)
     assert difference(after[:, cut:], before[:, cut:]) > 1e-4
