@@ -74,6 +74,18 @@ class Architecture:
         first = next(iter(self.inputs.values()))
         return first.strip("() ").split(",")[-1].strip()
 
+    @property
+    def other_words(self) -> dict[str, str]:
+        """Word of Keras's applications -> the option of a classifier that it sets."""
+        if "num_classes" not in self.options:
+            return {}
+        words = {"include_top": "num_classes", "pooling": "pool"}
+        return {
+            word: own
+            for word, own in words.items()
+            if own in self.options and word not in self.options
+        }
+
     def resolve(self, options: Mapping) -> dict:
         """All options with defaults, checked, in plain Python types.
 
@@ -83,6 +95,7 @@ class Architecture:
         """
         variant = self._variant(options.get("variant"))
         options = self._with_or_without_head(options, variant)
+        options = self._pooled(options)
         for name in options:
             if name not in self.options:
                 raise unknown_option(self.name, name, list(self.options))
@@ -103,12 +116,13 @@ class Architecture:
 
     def _with_or_without_head(self, options, variant):
         """`include_top`, as Keras's applications have it, in terms of `num_classes`."""
-        name, classes = "include_top", self.options.get("num_classes")
-        if name not in options or name in self.options or classes is None:
+        name = "include_top"
+        if name not in {*options} & {*self.other_words}:
             return options
         options = dict(options)
         top = check(bool, name, options.pop(name))
-        default = variant.get("num_classes", classes.default) if top else None
+        usual = self.options["num_classes"].default
+        default = variant.get("num_classes", usual) if top else None
         number = options.get("num_classes", default)
         if top and number is None:
             raise ValueError("include_top=True needs num_classes, received None")
@@ -118,6 +132,20 @@ class Architecture:
                 "give one of the two"
             )
         return {**options, "num_classes": number}
+
+    def _pooled(self, options):
+        """`pooling`, as Keras's applications have it, in terms of `pool`."""
+        name = "pooling"
+        if name not in {*options} & {*self.other_words}:
+            return options
+        options = dict(options)
+        if "pool" in options:
+            raise ValueError(
+                f"pool and pooling say the same, received pool={options['pool']!r} and "
+                f"pooling={options[name]!r}; give one of the two"
+            )
+        pooling = options.pop(name)
+        return {**options, "pool": "mean" if pooling == "avg" else pooling}
 
     def _variant(self, name):
         if name is None or "variant" not in self.options:
@@ -293,7 +321,8 @@ def build(name: str, **options) -> keras.Model:
     Args:
         name: a name of `list_architectures()`.
         **options: those of `info(name)`, by keyword. Where they have `num_classes`,
-            `include_top=False` stands for None, as in Keras's applications.
+            `include_top=False` stands for None, as in Keras's applications, and
+            `pooling="avg"` for `pool="mean"` where an architecture has that word.
 
     Returns:
         A functional Keras model, ready for `compile` and `fit`.

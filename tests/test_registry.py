@@ -144,6 +144,39 @@ def test_include_top_is_a_word_for_the_number_of_classes():
         keras_edifice.build("vae", include_top=False)
 
 
+def test_pooling_is_another_word_for_pool_of_classifiers():
+    given = keras_edifice.info("vit").resolve
+    assert given(dict(pooling="avg")) == given(dict(pool="mean"))
+    assert given(dict(pooling="max")) == given(dict(pool="max"))
+    assert given(dict(pooling=None)) == given(dict(pool=None))
+    with pytest.raises(ValueError, match="say the same, received pool='cls' and"):
+        given(dict(pool="cls", pooling="avg"))
+    with pytest.raises(ValueError, match="pool must be one of 'cls'"):
+        given(dict(pooling="min"))
+    with pytest.raises(TypeError, match="lstm has no option 'pooling'"):
+        keras_edifice.build("lstm", embed_size=2, pooling="avg")
+
+
+IMAGE_CLASSIFIERS = [
+    name
+    for name in keras_edifice.list_architectures()
+    if keras_edifice.info(name).kind == "image"
+    and "num_classes" in keras_edifice.info(name).options
+]
+
+
+@pytest.mark.parametrize("name", IMAGE_CLASSIFIERS)
+def test_image_classifiers_have_the_words_of_keras_applications(name):
+    entry = keras_edifice.info(name)
+    assert entry.resolve(dict(include_top=False))["num_classes"] is None
+    for pooling in ("avg", "max"):
+        read_out = entry.resolve(dict(pooling=pooling))
+        assert {read_out.get("pool"), read_out.get("pooling")} & {pooling, "mean"}
+    assert entry.options["classifier_activation"].default == "softmax"
+    assert {"dropout", "features_only"} <= entry.options.keys()
+    assert ("drop_path" in entry.options) == (name != "conv2d")  # it has no branches
+
+
 def test_one_declaration_is_enough(registered):
     declare()
     assert "sample_net" in keras_edifice.list_architectures("feedforward")

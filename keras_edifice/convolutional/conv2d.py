@@ -164,10 +164,11 @@ def conv2d(
         padding: zeros on all sides, so that no pixel is lost, or no zeros.
         activation: after each convolution and its norm.
         norm: over the batch and the pixels, over the channels, or None, with a bias.
-        dropout: rate after each activation, in training.
+        dropout: rate after each activation, in training. There are no branches that
+            could be dropped, hence no drop_path.
         spatial_dropout: drop whole channels instead of single numbers.
         pooling: of each 2x2 pixels after each block, their maximum or mean; the last
-            row and column of an odd number are left out.
+            row and column of an odd number are left out. The head has the mean.
         num_classes: classes of the head, (batch, num_classes), on the mean of the last
             map; None gives that map.
         classifier_activation: of the head; None gives logits.

@@ -14,6 +14,7 @@ from keras import layers
 
 from keras_edifice.blocks.batch_norm import BatchNorm
 from keras_edifice.blocks.convolution import Conv2D
+from keras_edifice.blocks.drop_path import DropPath, drop_path_rates
 from keras_edifice.blocks.global_pool import global_pool
 from keras_edifice.blocks.heads import class_scores
 from keras_edifice.blocks.images import image_input, stage_maps
@@ -85,12 +86,14 @@ def _stem(x, kind, filters):
     return MaxPooling(3, 2, padding=1, name="stem_pool")(x), 4
 
 
-def _layer(x, growth_rate, bn_size, dropout, name):
+def _layer(x, growth_rate, bn_size, dropout, drop_path, name):
     """Joins H(x) to x. (b, h, w, c) -> (b, h, w, c + growth_rate)."""
     y = x
     if bn_size is not None:
         y = _unit(y, bn_size * growth_rate, 1, dropout, f"{name}_1")
     y = _unit(y, growth_rate, 3, dropout, f"{name}_2")
+    if drop_path:
+        y = DropPath(drop_path, name=f"{name}_drop_path")(y)
     return layers.Concatenate(name=f"{name}_join")([x, y])
 
 
@@ -131,6 +134,7 @@ def densenet(
     stem: Literal["imagenet", "cifar"] = "imagenet",
     pooling: Literal["avg", "max"] | None = "avg",
     dropout: Rate = 0.0,
+    drop_path: Rate = 0.0,
     features_only: bool = False,
 ) -> EdificeModel:
     """Blocks of layers that join their outputs; the map is halved between blocks.
@@ -150,17 +154,20 @@ def densenet(
         pooling: how the last map is summarised; None keeps it, without classes.
         dropout: rate after each convolution but the first, in training; the paper has
             0.2 where images are not augmented.
+        drop_path: rate at which the maps that the last layer adds are zeros for an
+            example, in training, growing linearly from 0 at the first layer.
         features_only: give the map of each block, {"stride_4": ...}, and no head.
     """
     inputs = image_input(image_size, input_channels)
     x, stride = _stem(inputs, stem, initial_channels or 2 * growth_rate)
-    maps = {}
+    maps, rates = {}, iter(drop_path_rates(drop_path, sum(block_sizes)))
     for block, size in enumerate(block_sizes, 1):
         if block > 1:
             x = _transition(x, compression, dropout, name=f"transition{block - 1}")
             stride *= 2
         for i in range(1, size + 1):
-            x = _layer(x, growth_rate, bn_size, dropout, name=f"block{block}_layer{i}")
+            name, rate = f"block{block}_layer{i}", next(rates)
+            x = _layer(x, growth_rate, bn_size, dropout, rate, name)
         maps[stride] = x
     maps[stride] = x = _activated(x, "last")
     if features_only:

@@ -22,6 +22,7 @@ from keras_edifice.blocks.initializers import matrix_initializer
 from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.blocks.patch_embed import PatchEmbed
 from keras_edifice.blocks.position_table import PositionTable
+from keras_edifice.blocks.token_pool import patch_map, token_pool
 from keras_edifice.model import EdificeModel
 from keras_edifice.options import Activation, Fraction, Positive, Rate, Size
 from keras_edifice.registry import architecture
@@ -139,8 +140,8 @@ class DeiT(EdificeModel):
         return model.describe(self.architecture, self.options)
 
 
-def _heads(tokens, num_classes, teacher_num_classes, activation, distilled):
-    """Scores of the class token, or of both tokens: their mean, or each by itself."""
+def _heads(summary, teacher_token, num_classes, teacher_num_classes, activation):
+    """Scores of the summary, or of both: their mean, or each by itself."""
 
     def head(token, classes, name):
         start = matrix_initializer("truncated")
@@ -149,16 +150,16 @@ def _heads(tokens, num_classes, teacher_num_classes, activation, distilled):
     def activated(logits, name):
         return layers.Activation(activation, dtype="float32", name=name)(logits)
 
-    if teacher_num_classes is not None and not distilled:
+    if teacher_num_classes is not None and teacher_token is None:
         raise ValueError(
             "teacher_num_classes needs distillation 'hard' or 'soft', received None; "
             "set one or leave the other out"
         )
-    by_label = head(tokens[:, 0], num_classes, "predictions")
-    if not distilled:
+    by_label = head(summary, num_classes, "predictions")
+    if teacher_token is None:
         return activated(by_label, "scores")
     classes = teacher_num_classes or num_classes
-    by_teacher = head(tokens[:, 1], classes, "teacher_predictions")
+    by_teacher = head(teacher_token, classes, "teacher_predictions")
     if teacher_num_classes is not None:
         return {
             "cls": activated(by_label, "scores"),
@@ -212,6 +213,7 @@ def deit(
     alpha: Fraction = 0.5,
     temperature: Positive = 1.0,
     label_smoothing: Fraction = 0.1,
+    pool: Literal["cls", "mean", "max"] | None = "cls",
     pos_embed: Literal["learned", "sincos"] = "learned",
     qkv_bias: bool = True,
     dropout: Rate = 0.0,
@@ -234,7 +236,7 @@ def deit(
         num_layers: number of encoder blocks.
         num_heads: heads of the self-attention.
         mlp_ratio: width of the MLP's hidden layer, in token widths.
-        num_classes: classes of the heads; None gives the class token's features.
+        num_classes: classes of the heads; None gives the features.
         classifier_activation: of the scores; None gives logits.
         distillation: learn the teacher's class ("hard") or its probabilities ("soft");
             None for no distillation token.
@@ -244,6 +246,9 @@ def deit(
             hard and 0.1 for soft distillation.
         temperature: τ of soft distillation; the paper has 3.
         label_smoothing: of the labels in the loss of `distill`, not of the teacher's.
+        pool: what answers to the labels, the class token, or the mean or the largest of
+            the patches' tokens; `pooling="avg"` or "max" says the same. None gives
+            their map, (batch, rows, columns, embed_size), without classes.
         pos_embed: a learned table of positions, or fixed sines and cosines.
         qkv_bias: whether queries, keys and values have biases.
         dropout: rate after the positions, each branch and each MLP activation.
@@ -278,13 +283,11 @@ def deit(
     )
     x = LayerNorm(1e-6, name="norm")(x)
     if features_only:
-        patches = x[:, prefix:]
-        grid = layers.Reshape((side, side, embed_size), name="map")(patches)
-        x = stage_maps({patch_size: grid})
-    elif not return_sequences and num_classes is None:
-        x = x[:, 0]
+        x = stage_maps({patch_size: patch_map(x, side)})
     elif not return_sequences:
-        x = _heads(
-            x, num_classes, teacher_num_classes, classifier_activation, distilled
-        )
+        teacher_token = x[:, 1] if distilled else None
+        x = token_pool(x, side, pool, num_classes)
+        if num_classes is not None:
+            numbers = num_classes, teacher_num_classes
+            x = _heads(x, teacher_token, *numbers, classifier_activation)
     return DeiT(inputs, x, name="deit")

@@ -6,16 +6,20 @@
 No positions are added: each patch has its own row of W_1.
 """
 
+from typing import Literal
+
 import keras
-from keras import layers, ops
+from keras import ops
 
 from keras_edifice.blocks.channel_mlp import ChannelMLP
 from keras_edifice.blocks.drop_path import drop_path_rates
+from keras_edifice.blocks.global_pool import global_pool
 from keras_edifice.blocks.heads import class_scores
 from keras_edifice.blocks.images import image_input, stage_maps
 from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.blocks.patch_embed import PatchEmbed
 from keras_edifice.blocks.pre_norm import pre_norm_residual
+from keras_edifice.blocks.token_pool import patch_map
 from keras_edifice.model import EdificeModel
 from keras_edifice.options import Activation, Rate, Size
 from keras_edifice.registry import architecture
@@ -91,6 +95,7 @@ def mlp_mixer(
     channel_mlp_dim: Size = 2048,
     num_classes: Size | None = None,
     classifier_activation: Activation | None = "softmax",
+    pooling: Literal["avg", "max"] | None = "avg",
     dropout: Rate = 0.0,
     drop_path: Rate = 0.0,
     features_only: bool = False,
@@ -108,6 +113,8 @@ def mlp_mixer(
         num_classes: classes of the head, which starts at zero; None gives the
             features.
         classifier_activation: of the head; None gives logits.
+        pooling: how the map of the tokens, (batch, rows, columns, embed_size), is
+            summarised; None keeps it, without classes.
         dropout: rate after each branch and each MLP activation.
         drop_path: rate of dropped branches at the last layer, growing linearly.
         features_only: give the tokens as a map, {"stride_16": ...}, and no head.
@@ -121,12 +128,10 @@ def mlp_mixer(
         ]
         for branch in branches:
             x = pre_norm_residual(x, branch, dropout=dropout, drop_path=rate)
-    x = LayerNorm(1e-6, name="norm")(x)
+    x = patch_map(LayerNorm(1e-6, name="norm")(x), image_size // patch_size)
     if features_only:
-        side = image_size // patch_size
-        grid = layers.Reshape((side, side, embed_size), name="map")(x)
-        return EdificeModel(inputs, stage_maps({patch_size: grid}), name="mlp_mixer")
-    x = layers.GlobalAveragePooling1D(name="pool")(x)
+        return EdificeModel(inputs, stage_maps({patch_size: x}), name="mlp_mixer")
+    x = global_pool(x, pooling, num_classes)
     if num_classes is not None:
         x = class_scores(
             x, num_classes, classifier_activation, kernel_initializer="zeros"

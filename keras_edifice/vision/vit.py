@@ -20,6 +20,7 @@ from keras_edifice.blocks.initializers import matrix_initializer
 from keras_edifice.blocks.layer_norm import LayerNorm
 from keras_edifice.blocks.patch_embed import PatchEmbed
 from keras_edifice.blocks.position_table import PositionTable
+from keras_edifice.blocks.token_pool import patch_map, token_pool
 from keras_edifice.model import EdificeModel
 from keras_edifice.options import Activation, Positive, Rate, Size
 from keras_edifice.registry import architecture
@@ -42,17 +43,6 @@ _VARIANTS = {  # table 1; Ti and S as Touvron et al. 2020 (arXiv:2012.12877) nam
     "b16_384": _size(768, 12, 12, 16, 384),
     "l16_384": _size(1024, 24, 16, 16, 384),
 }
-
-
-def _summary(tokens, pool, representation_size):
-    """The class token, or the mean of the patches, and the pre-training head."""
-    if pool == "cls":
-        x = tokens[:, 0]
-    else:
-        x = layers.GlobalAveragePooling1D(name="pool")(tokens[:, 1:])
-    if representation_size is not None:
-        x = Dense(representation_size, activation="tanh", name="pre_logits")(x)
-    return x
 
 
 def _scores(features, num_classes, activation, initializer):
@@ -90,7 +80,7 @@ def vit(
     mlp_ratio: Positive = 4.0,
     num_classes: Size | None = None,
     classifier_activation: Activation | None = "softmax",
-    pool: Literal["cls", "mean"] = "cls",
+    pool: Literal["cls", "mean", "max"] | None = "cls",
     pos_embed: Literal["learned", "sincos"] = "learned",
     qkv_bias: bool = True,
     representation_size: Size | None = None,
@@ -113,7 +103,9 @@ def vit(
         mlp_ratio: width of the MLP's hidden layer, in token widths.
         num_classes: classes of the head; None gives the features.
         classifier_activation: of the head; None gives logits.
-        pool: read out the class token, or the mean of the patches' tokens.
+        pool: read out the class token, or the mean or the largest of the patches'
+            tokens; `pooling="avg"` or "max" says the same. None gives their map,
+            (batch, rows, columns, embed_size), without classes.
         pos_embed: a learned table of positions, or fixed sines and cosines.
         qkv_bias: whether queries, keys and values have biases.
         representation_size: width of a tanh layer before the head, as in the paper's
@@ -147,10 +139,11 @@ def vit(
     )
     x = LayerNorm(1e-6, name="norm")(x)
     if features_only:
-        grid = layers.Reshape((side, side, embed_size), name="map")(x[:, 1:])
-        x = stage_maps({patch_size: grid})
+        x = stage_maps({patch_size: patch_map(x, side)})
     elif not return_sequences:
-        x = _summary(x, pool, representation_size)
+        x = token_pool(x, side, pool, num_classes)
+        if representation_size is not None:
+            x = Dense(representation_size, activation="tanh", name="pre_logits")(x)
         if num_classes is not None:
             x = _scores(x, num_classes, classifier_activation, initializer)
     return EdificeModel(inputs, x, name="vit")

@@ -252,6 +252,21 @@ def test_dropout_follows_every_convolution_but_the_first_in_training_alone():
     assert np.any(to_numpy(model(x, training=True)) != y)
 
 
+def test_maps_that_a_layer_adds_are_dropped_by_a_rate_that_grows_with_depth():
+    model, x = shaken(drop_path=0.5), images(examples=16)
+    rates = {x.name: x.rate for x in model.layers if "drop_path" in x.name}
+    growing = np.linspace(0.0, 0.5, sum(SMALL["block_sizes"]))
+    assert_close(list(rates.values()), growing[1:], 1e-6)
+    layer = model.get_layer(list(rates)[-1])
+    both = keras.Model(model.input, [layer.input, layer.output])
+    before, after = map(to_numpy, both(x, training=True))
+    dropped = np.abs(after).max((1, 2, 3)) == 0
+    assert 0 < dropped.sum() < 16
+    assert_close(after[~dropped], 2 * before[~dropped], 1e-5)
+    before, after = map(to_numpy, both(x))
+    assert_close(after, before, 0)
+
+
 def test_config_keeps_the_arguments():
     options = dict(compression=0.7, bn_size=None, stem="cifar", dropout=0.2)
     model = small(**options)

@@ -139,6 +139,18 @@ def test_features_are_those_of_the_class_token_and_the_patches():
     assert_close(grid, y[:, 2:].reshape(2, 2, 2, 12), 1e-6)
 
 
+def test_patches_may_answer_to_the_labels():
+    model, mean, x = small(), small(pool="mean"), images()
+    tokens = small(return_sequences=True)
+    for other in (mean, tokens):
+        other.set_weights(model.get_weights()[: len(other.weights)])
+    y = to_numpy(tokens(x))
+    heads = [mean.get_layer(f"{by}predictions") for by in ("", "teacher_")]
+    answers = y[:, 2:].mean(1), y[:, 1]
+    expected = [to_numpy(head(z)) for head, z in zip(heads, answers, strict=True)]
+    assert_close(mean(x), sum(expected) / 2, 1e-5)
+
+
 def test_positions_alone_tell_the_patches_apart():
     model, x = small(), images()
     moved = x[:, :, [4, 5, 6, 7, 0, 1, 2, 3]]

@@ -169,3 +169,16 @@ def test_config_keeps_the_arguments():
 def test_head_gives_probabilities_unless_logits_are_asked_for():
     model = small(classifier_activation="softmax")
     assert_close(keras.ops.sum(model(images()), -1), np.ones(2))
+
+
+def test_the_map_is_what_is_pooled():
+    whole, x = small(num_classes=None, pooling=None), images()
+    maps = small(features_only=True)
+    maps.set_weights(whole.get_weights())
+    y = to_numpy(whole(x))
+    assert y.shape == (2, 3, 3, 8)
+    assert_close(maps(x)["stride_2"], y, 0)
+    for pooling, summary in (("avg", np.mean), ("max", np.max)):
+        pooled = small(num_classes=None, pooling=pooling)
+        pooled.set_weights(whole.get_weights())
+        assert_close(pooled(x), summary(y, axis=(1, 2)), 1e-6)

@@ -147,13 +147,17 @@ def test_heads_change_the_output_and_not_the_count():
 def test_all_tokens_and_the_map_are_those_that_are_read_out():
     model, x = small(num_classes=None), images()
     tokens, maps = small(return_sequences=True), small(features_only=True)
-    mean = small(num_classes=None, pool="mean")
-    for other in (tokens, maps, mean):
+    mean, largest, every = (
+        small(num_classes=None, pool=pool) for pool in ("mean", "max", None)
+    )
+    for other in (tokens, maps, mean, largest, every):
         other.set_weights(model.get_weights())
     y = to_numpy(tokens(x))
     assert y.shape == (2, 5, 12)
     assert_close(model(x), y[:, 0], 1e-6)
     assert_close(mean(x), y[:, 1:].mean(1), 1e-5)
+    assert_close(largest(x), y[:, 1:].max(1), 1e-6)
+    assert_close(every(x), y[:, 1:].reshape(2, 2, 2, 12), 1e-6)
     (name, grid), *others = maps(x).items()
     assert (name, others) == ("stride_4", [])
     assert_close(grid, y[:, 1:].reshape(2, 2, 2, 12), 1e-6)
