@@ -34,7 +34,7 @@ def seconds(call, least=0.5, calls=5) -> list[float]:
     return times
 
 
-def in_turn(calls, least=0.5, rounds=5) -> list[list[float]]:
+def in_turn(calls, least=0.5, rounds=5, pause=PAUSE) -> list[list[float]]:
     """Times of several calls, warmed up and then made in turn.
 
     What slows the machine for a while so slows each of them.
@@ -43,6 +43,7 @@ def in_turn(calls, least=0.5, rounds=5) -> list[list[float]]:
         calls: what is measured, each without arguments.
         least: seconds that are spent on each at least.
         rounds: number of rounds at least.
+        pause: seconds between calls; calls of one library need none.
 
     Returns:
         For each call its times in seconds, in the order of the rounds.
@@ -52,8 +53,8 @@ def in_turn(calls, least=0.5, rounds=5) -> list[list[float]]:
     times = [[] for _ in calls]
     while len(times[0]) < rounds or min(map(sum, times)) < least:
         for call, own in zip(calls, times, strict=True):
-            if len(calls) > 1:
-                time.sleep(PAUSE)
+            if len(calls) > 1 and pause:
+                time.sleep(pause)
             start = time.perf_counter()
             call()
             own.append(time.perf_counter() - start)

@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_edifice.backends.peers import PEERS
 from keras_edifice.backends.timing import forward_and_backward
-from keras_edifice.benchmark.measure import keep_freed_memory, seconds
+from keras_edifice.benchmark.measure import in_turn, keep_freed_memory, seconds
 from keras_edifice.benchmark.rows import OURS, row
 
 LENGTHS = (512, 1024, 2048, 4096)
@@ -235,7 +235,7 @@ def _blockwise_attention(draw, length):
 def measure(
     names=None, lengths=LENGTHS, draw=None, peers=False, progress=print, least=0.5
 ):
-    """Measures on the active backend.
+    """Measures on the active backend, each operation at all lengths in turn.
 
     Args:
         names: of operations; None for all.
@@ -253,20 +253,24 @@ def measure(
     draw, backend = draw or Draw(), keras.backend.backend()
     rows = []
     for case in operations(names):
-        for length in lengths:
-            function, arrays = case.make(draw, length)
-            run = forward_and_backward(function, arrays)
-            rows.append(_row(case.name, OURS.format(backend), length, run, least))
+        made = {length: case.make(draw, length) for length in lengths}
+        runs = {n: forward_and_backward(*made[n]) for n in lengths}
+        times = in_turn([runs[n].call for n in lengths], least, pause=0.0)
+        times = dict(zip(lengths, times, strict=True))
+        label = OURS.format(backend)
+        for length, run in runs.items():
+            peak, half = run.peak_bytes(), times.get(length / 2)
+            rows.append(
+                row(case.name, PART, label, length, times[length], peak, half=half)
+            )
             progress(rows[-1].line())
-            if not (peers and backend == "torch" and length == COMPARED_LENGTH):
-                continue
-            for label, peer in PEERS.get(case.name, {}).items():
-                run = forward_and_backward(peer, arrays)
-                rows.append(_row(case.name, label, length, run, least))
-                progress(rows[-1].line())
+        if not (peers and backend == "torch"):
+            continue
+        for label, peer in PEERS.get(case.name, {}).items():
+            run = forward_and_backward(peer, made[COMPARED_LENGTH][1])
+            spent = seconds(run.call, least)
+            rows.append(
+                row(case.name, PART, label, COMPARED_LENGTH, spent, run.peak_bytes())
+            )
+            progress(rows[-1].line())
     return rows
-
-
-def _row(name, implementation, length, run, least):
-    times = seconds(run.call, least)
-    return row(name, PART, implementation, length, times, run.peak_bytes())

@@ -26,6 +26,8 @@ class Row:
         ratio: for an independent implementation, the time that this package takes in
             units of its time, called in turn: the lower quartile, the median and the
             upper quartile of the rounds.
+        growth: the time in units of that of half the length, called in turn: the same
+            three numbers; None where that was not measured.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Row:
     slowest: float
     megabytes: float | None = None
     ratio: list | None = None
+    growth: list | None = None
 
     def line(self) -> str:
         """For people."""
@@ -56,7 +59,16 @@ class Row:
         return f"{middle:.2f}x ({low:.2f} to {high:.2f})"
 
 
-def row(name, part, implementation, length, times, peak_bytes=None, ours=None) -> Row:
+def row(
+    name,
+    part,
+    implementation,
+    length,
+    times,
+    peak_bytes=None,
+    ours=None,
+    half=None,
+) -> Row:
     """The row of a measurement.
 
     Args:
@@ -67,12 +79,9 @@ def row(name, part, implementation, length, times, peak_bytes=None, ours=None) -
         times: seconds of the calls.
         peak_bytes: None where they are not known.
         ours: seconds of this package in the same rounds, for the ratio.
+        half: seconds at half the length in the same rounds, for the growth.
     """
     times_ms = [1000.0 * x for x in times]
-    ratio = None
-    if ours is not None:
-        rounds = [a / b for a, b in zip(ours, times, strict=True)]
-        ratio = statistics.quantiles(rounds, n=4, method="inclusive")
     return Row(
         name,
         part,
@@ -82,8 +91,15 @@ def row(name, part, implementation, length, times, peak_bytes=None, ours=None) -
         min(times_ms),
         max(times_ms),
         None if peak_bytes is None else peak_bytes / 2**20,
-        ratio,
+        None if ours is None else _quartiles(ours, times),
+        None if half is None else _quartiles(times, half),
     )
+
+
+def _quartiles(times, others):
+    """Of the ratio of two times, round by round."""
+    rounds = [a / b for a, b in zip(times, others, strict=True)]
+    return statistics.quantiles(rounds, n=4, method="inclusive")
 
 
 def measure_on(backend, arguments) -> list[Row]:
@@ -103,7 +119,8 @@ def measure_on(backend, arguments) -> list[Row]:
 def growth(rows) -> dict[tuple, dict[str, float]]:
     """(name, part, implementation) -> the largest growth with twice the length.
 
-    The values are those of "time" and, where it is known, of "memory".
+    The values are those of "time", by the medians, of the rounds where both lengths
+    were called in turn, and, where it is known, of "memory".
     """
     found = {}
     for row in rows:
@@ -114,11 +131,13 @@ def growth(rows) -> dict[tuple, dict[str, float]]:
             if row.length is None or other.length != 2 * row.length:
                 continue
             factors = found.setdefault(key, {})
-            pairs = {"time": (row.fastest, other.fastest)}  # the least disturbed
+            new = {"time": other.milliseconds / row.milliseconds}
+            if other.growth is not None:
+                new["time"] = other.growth[1]
             if row.megabytes and other.megabytes is not None:
-                pairs["memory"] = (row.megabytes, other.megabytes)
-            for name, (before, after) in pairs.items():
-                factors[name] = max(factors.get(name, 0.0), after / before)
+                new["memory"] = other.megabytes / row.megabytes
+            for name, factor in new.items():
+                factors[name] = max(factors.get(name, 0.0), factor)
     return found
 
 
