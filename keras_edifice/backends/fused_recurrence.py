@@ -5,6 +5,15 @@ import keras
 from keras_edifice.backends.running_torch import kept, runs_now
 
 
+def has_standard_gates(layer):
+    """Whether an LSTM or GRU layer of Keras is the one that fused loops compute."""
+    return (
+        layer.activation is keras.activations.tanh
+        and layer.recurrent_activation is keras.activations.sigmoid
+        and getattr(layer, "reset_after", True)
+    )
+
+
 class FusedRecurrence:
     """Beside the LSTM or GRU layer of Keras, before it among the bases of a class.
 
@@ -30,13 +39,8 @@ class FusedRecurrence:
     def _fusible(self, sequences, mask, training):
         if not runs_now(sequences):
             return False
-        standard = (
-            self.activation is keras.activations.tanh
-            and self.recurrent_activation is keras.activations.sigmoid
-            and getattr(self, "reset_after", True)
-        )
         dropped = self.recurrent_dropout or (self.dropout and training)
-        return standard and mask is None and not dropped
+        return has_standard_gates(self) and mask is None and not dropped
 
     def _fused(self, sequences, state):
         import torch

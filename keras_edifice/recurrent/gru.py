@@ -11,18 +11,20 @@ Read `lstm.py` first. The reset after the matrix has biases b and c for z and r 
 from typing import Literal
 
 import keras
-from keras import layers
+from keras import layers, ops
 
 from keras_edifice.backends.fused_recurrence import FusedRecurrence
 from keras_edifice.model import EdificeModel
+from keras_edifice.ops.gru_scan import gru_scan
 from keras_edifice.options import Rate, Size
+from keras_edifice.recurrent.scanned import ScannedRecurrence
 from keras_edifice.recurrent.stack import recurrent_stack
 from keras_edifice.recurrent.truncation import TruncatedBPTT
 from keras_edifice.registry import architecture
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
-class GRULayer(TruncatedBPTT, FusedRecurrence, layers.GRU):
+class GRULayer(TruncatedBPTT, FusedRecurrence, ScannedRecurrence, layers.GRU):
     """Keras's GRU, (batch, time, features) -> (batch, time, units), that streams.
 
     The state is h, (batch, units). Masked steps leave it as it is.
@@ -41,6 +43,17 @@ class GRULayer(TruncatedBPTT, FusedRecurrence, layers.GRU):
     def step(self, x_t, state):
         """One step: (batch, features) and the state -> the new state, twice."""
         return self.cell(x_t, state, training=False)
+
+    def scan(self, x, h):
+        """All steps: (batch, time, features) and the state -> all states, the last."""
+        cell = self.cell
+        driven = ops.matmul(x, ops.cast(cell.kernel, x.dtype))
+        if self.use_bias:
+            bias = ops.cast(cell.bias, x.dtype)
+            driven, hidden_bias = driven + bias[0], bias[1]
+        else:
+            hidden_bias = ops.zeros_like(driven[0, 0])
+        return gru_scan(driven, cell.recurrent_kernel, hidden_bias, h)
 
 
 @architecture(

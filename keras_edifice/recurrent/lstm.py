@@ -10,18 +10,20 @@ its bias starts at one.
 from typing import Literal
 
 import keras
-from keras import layers
+from keras import layers, ops
 
 from keras_edifice.backends.fused_recurrence import FusedRecurrence
 from keras_edifice.model import EdificeModel
+from keras_edifice.ops.lstm_scan import lstm_scan
 from keras_edifice.options import Rate, Size
+from keras_edifice.recurrent.scanned import ScannedRecurrence
 from keras_edifice.recurrent.stack import recurrent_stack
 from keras_edifice.recurrent.truncation import TruncatedBPTT
 from keras_edifice.registry import architecture
 
 
 @keras.saving.register_keras_serializable("keras_edifice")
-class LSTMLayer(TruncatedBPTT, FusedRecurrence, layers.LSTM):
+class LSTMLayer(TruncatedBPTT, FusedRecurrence, ScannedRecurrence, layers.LSTM):
     """Keras's LSTM, (batch, time, features) -> (batch, time, units), that streams.
 
     The state is (h, c), each (batch, units). Masked steps leave it as it is.
@@ -41,6 +43,14 @@ class LSTMLayer(TruncatedBPTT, FusedRecurrence, layers.LSTM):
         """One step: (batch, features) and (h, c) -> (batch, units) and (h, c)."""
         h, state = self.cell(x_t, list(state), training=False)
         return h, tuple(state)
+
+    def scan(self, x, h, c):
+        """All steps: (batch, time, features), h, c -> all h, the last h and c."""
+        cell = self.cell
+        driven = ops.matmul(x, ops.cast(cell.kernel, x.dtype))
+        if self.use_bias:
+            driven = driven + ops.cast(cell.bias, x.dtype)
+        return lstm_scan(driven, cell.recurrent_kernel, h, c)
 
 
 @architecture(
