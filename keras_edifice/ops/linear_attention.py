@@ -47,7 +47,7 @@ def linear_attention(
     bonus=None,
     initial_state=None,
     return_state=False,
-    chunk_size=64,
+    chunk_size=None,
 ):
     """o_t = S_tᵀ q_t with S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ, differentiable.
 
@@ -69,7 +69,8 @@ def linear_attention(
         bonus: (heads, key), the heads those of q and k.
         initial_state: (batch, heads, key, value); zero if None.
         return_state: whether to give the state after the last step as well.
-        chunk_size: steps of a chunk, rounded up to a power of two.
+        chunk_size: steps of a chunk, rounded up to a power of two; None for as many as
+            are fast for the size of the keys.
 
     Returns:
         (batch, time, heads, value) in the dtype of v, or that and the state in float32
@@ -130,7 +131,7 @@ def normalized_linear_attention(
     causal=True,
     initial_state=None,
     return_state=False,
-    chunk_size=64,
+    chunk_size=None,
 ):
     """`linear_attention` over the sum of its weights, q_t · z_t + eps.
 
@@ -146,7 +147,7 @@ def normalized_linear_attention(
         causal: whether a step sees those up to itself; else all, without decay.
         initial_state: (S, z), (batch, heads, key, value) and (batch, heads, key).
         return_state: whether to give the last (S, z) as well.
-        chunk_size: steps of a chunk.
+        chunk_size: as in `linear_attention`.
 
     Returns:
         (batch, time, heads, value) in the dtype of v, or that and (S, z).
@@ -186,7 +187,7 @@ def stabilized_linear_attention(
     eps=1e-6,
     initial_state=None,
     return_state=False,
-    chunk_size=64,
+    chunk_size=None,
 ):
     """The matrix memory of xLSTM, Beck et al. 2024, arXiv:2405.04517, eq. 19-27.
 
@@ -209,7 +210,7 @@ def stabilized_linear_attention(
         initial_state: (S, n, m), (batch, heads, key, value), (batch, heads, key) and
             (batch, heads); zeros if None.
         return_state: whether to give the last (S, n, m) as well.
-        chunk_size: steps of a chunk.
+        chunk_size: as in `linear_attention`.
 
     Returns:
         (batch, time, heads, value) in the dtype of v, or that and (S, n, m).
@@ -467,6 +468,7 @@ def _heads_first(x):
 def _attend_in_chunks(run, q, k, v, state, decays, chunk_size):
     """Pads the time to chunks, which `run` takes; a padded step changes nothing."""
     length, key = static_length(v), q.shape[3]
+    chunk_size = chunk_size or (32 if key <= 32 else 64)
     size = 2 ** math.ceil(math.log2(min(chunk_size, length or chunk_size)))
     steps = ops.shape(v)[1] if length is None else length
     count = (steps + size - 1) // size
