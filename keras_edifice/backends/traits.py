@@ -26,7 +26,3 @@ memory on CPUs (2.21 with oneDNN), which ends the process."""
 SHARES_MATRICES = _backend != "tensorflow"
 """A product of stacks of matrices may have one right-hand side for several on the left;
 TensorFlow's writes beyond its memory on CPUs (2.21 with oneDNN)."""
-
-MULTIPLIES_BY_PARTS = _backend == "tensorflow"
-"""A product of few rows with a matrix of a megabyte takes twice the time of products
-with its parts, on CPUs."""

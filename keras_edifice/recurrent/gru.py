@@ -45,15 +45,10 @@ class GRULayer(TruncatedBPTT, FusedRecurrence, ScannedRecurrence, layers.GRU):
         return self.cell(x_t, state, training=False)
 
     def scan(self, x, h):
-        """All steps: (batch, time, features) and the state -> all states, the last."""
+        """All steps: (time, batch, features) and the state -> all states, the last."""
         cell = self.cell
-        driven = ops.matmul(x, ops.cast(cell.kernel, x.dtype))
-        if self.use_bias:
-            bias = ops.cast(cell.bias, x.dtype)
-            driven, hidden_bias = driven + bias[0], bias[1]
-        else:
-            hidden_bias = ops.zeros_like(driven[0, 0])
-        return gru_scan(driven, cell.recurrent_kernel, hidden_bias, h)
+        biases = cell.bias if self.use_bias else ops.zeros((2, 3 * self.units))
+        return gru_scan(x, cell.kernel, cell.recurrent_kernel, biases[0], biases[1], h)
 
 
 @architecture(

@@ -45,12 +45,10 @@ class LSTMLayer(TruncatedBPTT, FusedRecurrence, ScannedRecurrence, layers.LSTM):
         return h, tuple(state)
 
     def scan(self, x, h, c):
-        """All steps: (batch, time, features), h, c -> all h, the last h and c."""
+        """All steps: (time, batch, features), h, c -> all h, the last h and c."""
         cell = self.cell
-        driven = ops.matmul(x, ops.cast(cell.kernel, x.dtype))
-        if self.use_bias:
-            driven = driven + ops.cast(cell.bias, x.dtype)
-        return lstm_scan(driven, cell.recurrent_kernel, h, c)
+        bias = cell.bias if self.use_bias else ops.zeros(4 * self.units)
+        return lstm_scan(x, cell.kernel, cell.recurrent_kernel, bias, h, c)
 
 
 @architecture(

@@ -21,8 +21,9 @@ class ScannedRecurrence:
         if not self._scannable(mask, training):
             return super().inner_loop(sequences, initial_state, mask, training)
         x = ops.flip(sequences, axis=1) if self.go_backwards else sequences
+        x = ops.swapaxes(x, 0, 1)  # before they grow to the gates
         outputs, *state = self.scan(x, *tree.flatten(initial_state))
-        return state[0], outputs, state
+        return state[0], ops.swapaxes(outputs, 0, 1), state
 
     def _scannable(self, mask, training):
         dropped = training and (self.dropout or self.recurrent_dropout)

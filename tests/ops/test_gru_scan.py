@@ -5,7 +5,6 @@ from keras import layers, ops
 
 from keras_edifice.backends.running import inference
 from keras_edifice.backends.traits import COMPILES_LOOPS
-from keras_edifice.ops import gru_scan as module
 from keras_edifice.ops.gradients import grad_sum
 from keras_edifice.ops.gru_scan import gru_scan
 from tests.support.applied import assert_same_gradients
@@ -19,20 +18,22 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def recurrence(driven, recurrent, bias, h):
+def recurrence(x, kernel, recurrent, bias, recurrent_bias, h):
     """The equation of the module, a loop in float64."""
     states = []
-    for t in range(driven.shape[1]):
-        a_z, a_r, a_n = np.split(driven[:, t], 3, axis=-1)
-        p_z, p_r, p_n = np.split(h @ recurrent + bias, 3, axis=-1)
+    for x_t in x:
+        a_z, a_r, a_n = np.split(x_t @ kernel + bias, 3, axis=-1)
+        p_z, p_r, p_n = np.split(h @ recurrent + recurrent_bias, 3, axis=-1)
         z, n = sigmoid(a_z + p_z), np.tanh(a_n + sigmoid(a_r + p_r) * p_n)
         h = z * h + (1 - z) * n
         states.append(h)
-    return np.stack(states, axis=1), h
+    return np.stack(states), h
 
 
 def arguments(length=5, units=3, scale=1.0):
-    shapes = [(2, length, 3 * units), (units, 3 * units), (3 * units,), (2, units)]
+    gates = 3 * units
+    weights = [(2, gates), (units, gates), (gates,), (gates,)]
+    shapes = [(length, 2, 2), *weights, (2, units)]
     return [(scale * rng.normal(size=s)).astype("float32") for s in shapes]
 
 
@@ -40,31 +41,31 @@ def run(arrays, dtype="float32"):
     return compiled(gru_scan)(*(ops.convert_to_tensor(z, dtype) for z in arrays))
 
 
+@pytest.mark.parametrize("units", [1, 3, 4])
 @pytest.mark.parametrize("length", [1, 2, 37])
-def test_scan_is_the_recurrence(length):
-    arrays = arguments(length)
+def test_scan_is_the_recurrence(length, units):
+    arrays = arguments(length, units)
     expected = recurrence(*(to_numpy(z) for z in arrays))
     for found, wanted in zip(run(arrays), expected, strict=True):
         assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("units", [1, 3, 4])
 @pytest.mark.parametrize("length", [1, 5])
-def test_gradient_is_that_of_the_recurrence(length, parts, monkeypatch):
-    """Of all outputs and the last state, in all four arguments."""
-    monkeypatch.setattr(module, "PARTS", parts)
+def test_gradient_is_that_of_the_recurrence(length, units):
+    """Of all outputs and the last state, in all arguments."""
 
     def joined(scan, concatenate, expand):
         def function(*arrays):
             hs, h = scan(*arrays)
-            return concatenate([hs, expand(h, 1)], axis=1)
+            return concatenate([hs, expand(h, 0)])
 
         return function
 
     assert_same_gradients(
         joined(gru_scan, ops.concatenate, ops.expand_dims),
         joined(recurrence, np.concatenate, np.expand_dims),
-        arguments(length),
+        arguments(length, units),
     )
 
 
@@ -81,14 +82,14 @@ def test_long_sequences_and_saturated_gates_stay_finite():
     for scale in (1.0, 1e4):
         arrays = [ops.convert_to_tensor(z) for z in arguments(4096, scale=scale)]
 
-        def by_driven(*arrays):
-            def total(driven):
-                hs, h = gru_scan(driven, *arrays[1:])
+        def by_input(*arrays):
+            def total(x):
+                hs, h = gru_scan(x, *arrays[1:])
                 return ops.sum(hs) + ops.sum(h)
 
             return gru_scan(*arrays), grad_sum(total, arrays[0])
 
-        run = inference(by_driven, []) if COMPILES_LOOPS else by_driven
+        run = inference(by_input, []) if COMPILES_LOOPS else by_input
         found, gradient = run(*arrays)
         for z in [*found, gradient]:
             assert np.isfinite(to_numpy(z)).all()
@@ -111,20 +112,21 @@ def test_half_precision_is_computed_in_float32(dtype):
 def test_the_second_derivative_is_that_of_plain_operations():
     arrays = [ops.convert_to_tensor(z) for z in arguments()]
 
-    def plain(driven):
-        bias, h = arrays[2:]
+    def plain(x):
+        kernel, recurrent, bias, recurrent_bias, h = arrays[1:]
         total = 0.0
-        for t in range(driven.shape[1]):
-            a_z, a_r, a_n = ops.split(driven[:, t], 3, axis=-1)
-            p = ops.matmul(h, arrays[1]) + bias
+        for t in range(len(x)):
+            a = ops.matmul(x[t], kernel) + bias
+            p = ops.matmul(h, recurrent) + recurrent_bias
+            a_z, a_r, a_n = ops.split(a, 3, axis=-1)
             p_z, p_r, p_n = ops.split(p, 3, axis=-1)
             z, r = ops.sigmoid(a_z + p_z), ops.sigmoid(a_r + p_r)
             h = z * h + (1 - z) * ops.tanh(a_n + r * p_n)
             total = total + ops.sum(ops.square(h))
         return total
 
-    def scanned(driven):
-        return ops.sum(ops.square(gru_scan(driven, *arrays[1:])[0]))
+    def scanned(x):
+        return ops.sum(ops.square(gru_scan(x, *arrays[1:])[0]))
 
     def second(function):
         return grad_sum(lambda x: ops.sum(ops.square(grad_sum(function, x))), arrays[0])
@@ -136,10 +138,9 @@ def test_scan_is_the_loop_of_keras():
     layer = layers.GRU(4, return_sequences=True, return_state=True)
     layer.build((None, 6, 3))
     layer.set_weights([rng.normal(size=w.shape) for w in layer.get_weights()])
-    kernel, recurrent, (bias, hidden_bias) = layer.get_weights()
+    kernel, recurrent, biases = layer.get_weights()
     x, h = (rng.normal(size=s).astype("float32") for s in ((2, 6, 3), (2, 4)))
-    expected = layer(x, initial_state=h)
-    for found, wanted in zip(
-        run([x @ kernel + bias, recurrent, hidden_bias, h]), expected, strict=True
-    ):
-        assert_close(found, to_numpy(wanted), 1e-6)
+    all_h, last = map(to_numpy, layer(x, initial_state=h))
+    found = run([x.swapaxes(0, 1), kernel, recurrent, *biases, h])
+    for ours, theirs in zip(found, [all_h.swapaxes(0, 1), last], strict=True):
+        assert_close(ours, theirs, 1e-6)

@@ -5,7 +5,6 @@ from keras import layers, ops
 
 from keras_edifice.backends.running import inference
 from keras_edifice.backends.traits import COMPILES_LOOPS
-from keras_edifice.ops import lstm_scan as module
 from keras_edifice.ops.gradients import grad_sum
 from keras_edifice.ops.lstm_scan import lstm_scan
 from tests.support.applied import assert_same_gradients
@@ -19,19 +18,22 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def recurrence(driven, recurrent, h, c):
+def recurrence(x, kernel, recurrent, bias, h, c):
     """The equation of the module, a loop in float64."""
     states = []
-    for t in range(driven.shape[1]):
-        i, f, g, o = np.split(driven[:, t] + h @ recurrent, 4, axis=-1)
+    for x_t in x:
+        z = x_t @ kernel + h @ recurrent + bias
+        i, f, g, o = np.split(z, 4, axis=-1)
         c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
         h = sigmoid(o) * np.tanh(c)
         states.append(h)
-    return np.stack(states, axis=1), h, c
+    return np.stack(states), h, c
 
 
 def arguments(length=5, units=3, scale=1.0):
-    shapes = [(2, length, 4 * units), (units, 4 * units), (2, units), (2, units)]
+    gates = 4 * units
+    matrices = [(2, gates), (units, gates), (gates,)]
+    shapes = [(length, 2, 2), *matrices, (2, units), (2, units)]
     return [(scale * rng.normal(size=s)).astype("float32") for s in shapes]
 
 
@@ -39,33 +41,31 @@ def run(arrays, dtype="float32"):
     return compiled(lstm_scan)(*(ops.convert_to_tensor(z, dtype) for z in arrays))
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("units", [1, 3, 4])
 @pytest.mark.parametrize("length", [1, 2, 37])
-def test_scan_is_the_recurrence(length, parts, monkeypatch):
-    monkeypatch.setattr(module, "PARTS", parts)
-    arrays = arguments(length)
+def test_scan_is_the_recurrence(length, units):
+    arrays = arguments(length, units)
     expected = recurrence(*(to_numpy(z) for z in arrays))
     for found, wanted in zip(run(arrays), expected, strict=True):
         assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("units", [1, 3, 4])
 @pytest.mark.parametrize("length", [1, 5])
-def test_gradient_is_that_of_the_recurrence(length, parts, monkeypatch):
-    """Of all outputs and both last states, in all four arguments."""
-    monkeypatch.setattr(module, "PARTS", parts)
+def test_gradient_is_that_of_the_recurrence(length, units):
+    """Of all outputs and both last states, in all arguments."""
 
     def joined(scan, concatenate, expand):
         def function(*arrays):
             hs, h, c = scan(*arrays)
-            return concatenate([hs, expand(h, 1), expand(c, 1)], axis=1)
+            return concatenate([hs, expand(h, 0), expand(c, 0)])
 
         return function
 
     assert_same_gradients(
         joined(lstm_scan, ops.concatenate, ops.expand_dims),
         joined(recurrence, np.concatenate, np.expand_dims),
-        arguments(length),
+        arguments(length, units),
     )
 
 
@@ -82,14 +82,14 @@ def test_long_sequences_and_saturated_gates_stay_finite():
     for scale in (1.0, 1e4):
         arrays = [ops.convert_to_tensor(z) for z in arguments(4096, scale=scale)]
 
-        def by_driven(*arrays):
-            def total(driven):
-                hs, h, c = lstm_scan(driven, *arrays[1:])
+        def by_input(*arrays):
+            def total(x):
+                hs, h, c = lstm_scan(x, *arrays[1:])
                 return ops.sum(hs) + ops.sum(h) + ops.sum(c)
 
             return lstm_scan(*arrays), grad_sum(total, arrays[0])
 
-        run = inference(by_driven, []) if COMPILES_LOOPS else by_driven
+        run = inference(by_input, []) if COMPILES_LOOPS else by_input
         found, gradient = run(*arrays)
         for z in [*found, gradient]:
             assert np.isfinite(to_numpy(z)).all()
@@ -112,19 +112,19 @@ def test_half_precision_is_computed_in_float32(dtype):
 def test_the_second_derivative_is_that_of_plain_operations():
     arrays = [ops.convert_to_tensor(z) for z in arguments()]
 
-    def plain(driven):
-        h, c = arrays[2:]
+    def plain(x):
+        kernel, recurrent, bias, h, c = arrays[1:]
         total = 0.0
-        for t in range(driven.shape[1]):
-            z = driven[:, t] + ops.matmul(h, arrays[1])
+        for t in range(len(x)):
+            z = ops.matmul(x[t], kernel) + ops.matmul(h, recurrent) + bias
             i, f, g, o = ops.split(z, 4, axis=-1)
             c = ops.sigmoid(f) * c + ops.sigmoid(i) * ops.tanh(g)
             h = ops.sigmoid(o) * ops.tanh(c)
             total = total + ops.sum(ops.square(h))
         return total
 
-    def scanned(driven):
-        return ops.sum(ops.square(lstm_scan(driven, *arrays[1:])[0]))
+    def scanned(x):
+        return ops.sum(ops.square(lstm_scan(x, *arrays[1:])[0]))
 
     def second(function):
         return grad_sum(lambda x: ops.sum(ops.square(grad_sum(function, x))), arrays[0])
@@ -136,12 +136,11 @@ def test_scan_is_the_loop_of_keras():
     layer = layers.LSTM(4, return_sequences=True, return_state=True)
     layer.build((None, 6, 3))
     layer.set_weights([rng.normal(size=w.shape) for w in layer.get_weights()])
-    kernel, recurrent, bias = layer.get_weights()
     x, h, c = (
         rng.normal(size=s).astype("float32") for s in ((2, 6, 3), (2, 4), (2, 4))
     )
-    expected = layer(x, initial_state=[h, c])
-    for found, wanted in zip(
-        run([x @ kernel + bias, recurrent, h, c]), expected, strict=True
-    ):
-        assert_close(found, to_numpy(wanted), 1e-6)
+    all_h, *last = layer(x, initial_state=[h, c])
+    expected = [to_numpy(all_h).swapaxes(0, 1), *map(to_numpy, last)]
+    found = run([x.swapaxes(0, 1), *layer.get_weights(), h, c])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, 1e-6)
