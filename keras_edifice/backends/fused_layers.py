@@ -120,11 +120,11 @@ class FusedBatchNorm:
 
     def call(self, inputs, training=None, mask=None):
         train = training and self.trainable
-        if self._fusible(inputs, mask) and runs_now(inputs):
-            return self._by_torch(inputs, train)
-        tensorflow = keras.backend.backend() == "tensorflow"
-        if train and tensorflow and self._fusible(inputs, mask) and self.center:
-            return self._by_tensorflow(inputs)
+        if self._fusible(inputs, mask):
+            if runs_now(inputs):
+                return self._by_torch(inputs, train)
+            if train and self.center and keras.backend.backend() == "tensorflow":
+                return self._by_tensorflow(inputs)
         return super().call(inputs, training=training, mask=mask)
 
     def _fusible(self, inputs, mask):
