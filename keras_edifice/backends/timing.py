@@ -67,7 +67,6 @@ def _tensorflow(function, arrays, backward):
 
     def peak_bytes():
         call()
-        gc.collect()  # not while the peak is awaited
         peaks = [tensorflow_peak_bytes(call) for _ in range(ORDERS)]
         return None if None in peaks else min(peaks)
 
@@ -121,6 +120,7 @@ def tensorflow_peak_bytes(call):
     options = tf.profiler.experimental.ProfilerOptions(
         host_tracer_level=1, python_tracer_level=0, device_tracer_level=0
     )  # memory and little else
+    gc.collect()  # what goes during the call would hide what the call takes
     with tempfile.TemporaryDirectory() as folder:
         tf.profiler.experimental.start(folder, options)
         try:
@@ -159,6 +159,7 @@ def torch_peak_bytes(call):
     """The most memory that PyTorch's tensors take beyond what is there, in a call."""
     import torch
 
+    gc.collect()  # what goes during the call would hide what the call takes
     with _no_log(), torch.profiler.profile(profile_memory=True) as profile:
         call()
     events = profile.profiler.kineto_results.events()

@@ -1,3 +1,5 @@
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -40,3 +42,17 @@ def test_memory_does_not_add_up_over_calls():
     for _ in range(3):
         run.call()
     assert peak_of(run) == first
+
+
+def test_what_an_earlier_call_left_hides_nothing():
+    def function(x):
+        gc.collect()
+        y = ops.sort(x * 2.0)
+        left = [y]
+        left.append(left)  # nothing but a search for cycles frees it
+        return y
+
+    run = forward(function, [np.ones(MB // 4, "float32")])
+    first = peak_of(run)
+    for _ in range(3):
+        assert peak_of(run) == first
